@@ -1,0 +1,1 @@
+"""Multi-task pretraining of text-to-text models in JAX."""
