@@ -1,0 +1,125 @@
+"""Watch a run: sums from the device become means per task and family, on the host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtjax.losses import TaskSums
+from mtjax.program import StepMetrics, TaskTable
+
+
+def means(sums: TaskSums, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Divide [T] sums by their tokens, on the host: {name: {loss, accuracy, tokens}}; tasks without tokens are left out."""
+    loss, z_loss, correct, tokens = (np.asarray(x, np.float64) for x in sums)
+    return {
+        name: {
+            "loss": float(loss[i] / tokens[i]),
+            "z_loss": float(z_loss[i] / tokens[i]),
+            "accuracy": float(correct[i] / tokens[i]),
+            "tokens": float(tokens[i]),
+        }
+        for i, name in enumerate(names)
+        if tokens[i] > 0
+    }
+
+
+def by_family(sums: TaskSums, families: Sequence[str]) -> tuple[list[str], Any]:
+    """Add [T] sums up to families."""
+    names = list(dict.fromkeys(families))
+    index = np.array([names.index(family) for family in families])
+    return names, TaskSums(*(np.bincount(index, np.asarray(x, np.float64), len(names)) for x in sums))
+
+
+def add_up(sums: Sequence[TaskSums]) -> TaskSums:
+    """Add sums of several batches in float64."""
+    return TaskSums(*(np.sum(x, axis=0, dtype=np.float64) for x in zip(*sums, strict=True)))
+
+
+def scalars_of(tasks: TaskTable, sums: TaskSums, *, prefix: str = "") -> dict[str, float]:
+    """Name the means per task and per family: {prefix}task/<name>/loss, {prefix}family/<name>/loss, ..."""
+    families, family_sums = by_family(sums, tasks.families)
+    return {
+        **_named(means(sums, tasks.names), f"{prefix}task"),
+        **_named(means(family_sums, families), f"{prefix}family"),
+    }
+
+
+class Window:
+    """The steps since the last log line; fetched from the device once per window."""
+
+    def __init__(self, tasks: TaskTable):
+        self.tasks = tasks
+        self.steps: list[StepMetrics] = []
+        self.started = time.perf_counter()
+
+    def add(self, metrics: StepMetrics) -> None:
+        self.steps.append(metrics)
+
+    def close(self, report: Mapping[str, Any], *, positions_per_step: int) -> dict[str, float]:
+        """Return the window's scalars and start a new one."""
+        steps = jax.device_get(self.steps)
+        seconds = time.perf_counter() - self.started
+        scalars = overall(add_up([s.total for s in steps]), prefix="train")
+        scalars["train/gradient_norm"] = float(steps[-1].gradient_norm)
+        scalars["train/learning_rate"] = float(steps[-1].learning_rate)
+        scalars["train/steps_per_second"] = len(steps) / seconds
+        scalars["train/tokens_per_second"] = len(steps) * positions_per_step / seconds
+        for name, value in {**steps[-1].balance, **steps[-1].aux}.items():
+            if np.ndim(value) == 0:
+                scalars[f"train/{name}"] = float(value)
+        scalars |= scalars_of(self.tasks, add_up([s.tasks for s in steps]))
+        scalars |= _flatten_report(report)
+        self.steps, self.started = [], time.perf_counter()
+        return scalars
+
+
+def overall(total: TaskSums, *, prefix: str) -> dict[str, float]:
+    """Name the means of scalar sums: {prefix}/loss, {prefix}/accuracy, ..."""
+    one = TaskSums(*(np.reshape(x, 1) for x in total))
+    return {f"{prefix}/{what}": value for what, value in means(one, ["all"]).get("all", {}).items()}
+
+
+def _named(values: Mapping[str, Mapping[str, float]], kind: str) -> dict[str, float]:
+    return {f"{kind}/{name}/{what}": v for name, entry in values.items() for what, v in entry.items()}
+
+
+def _flatten_report(report: Mapping[str, Any]) -> dict[str, float]:
+    """Name the stream's report: per-task maps become task/<name>/<what>, numbers data/<what>."""
+    scalars: dict[str, float] = {}
+    for what, value in report.items():
+        if isinstance(value, Mapping):
+            scalars |= {f"task/{name}/{what}": float(v) for name, v in value.items() if np.isfinite(v)}
+        else:
+            scalars[f"data/{what}"] = float(value)
+    return scalars
+
+
+class Patience:
+    """Count evaluations without improvement."""
+
+    def __init__(self, *, metric: str, mode: str, patience: int):
+        self.metric, self.sign, self.patience = metric, 1 if mode == "min" else -1, patience
+        self.best: float | None = None
+        self.waited = 0
+
+    def is_over(self, metrics: Mapping[str, float]) -> bool:
+        """Note an evaluation; return whether `patience` of them in a row were no better than the best."""
+        value = self.sign * metrics[self.metric]
+        if self.best is None or value < self.best:
+            self.best, self.waited = value, 0
+        else:
+            self.waited += 1
+        return 0 < self.patience <= self.waited
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {"best": self.best, "waited": self.waited}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's state."""
+        self.best, self.waited = state["best"], state["waited"]

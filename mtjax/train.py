@@ -1,0 +1,397 @@
+"""Train: feed a Program with a Stream, log every task, save and resume bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from mtjax import checkpoint, evaluate, log, monitor, optim, program, sharding
+from mtjax.data import cache, pipeline
+from mtjax.losses import LossConfig, TaskSums
+from mtjax.program import Program, StepMetrics, TaskTable, TrainState
+from mtjax.types import Balancer, Model, Params, Peft
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient of a step was not finite; the last checkpoint is good."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Evaluate while training: target loss and accuracy per task on fixed validation batches.
+
+    every: steps between evaluations, 0 = never. examples: validation examples a task. decode: of these,
+    how many to decode greedily and score by the task's metrics. patience: stop after this many evaluations
+    without a better `metric`, 0 = never.
+    """
+
+    every: int = 0
+    split: str = "validation"
+    examples: int = 32
+    decode: int = 0
+    metric: str = "validation/loss"
+    mode: str = "min"
+    patience: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Saving:
+    """Save every `every` steps (0 = at the end only); keep the last n, every k-th step, and the best n."""
+
+    every: int = 1000
+    keep_last: int = 3
+    keep_every: int | None = None
+    keep_best: int = 1
+    asynchronous: bool = True
+
+
+def task_table(tasks: Sequence[cache.CachedTask]) -> TaskTable:
+    """Return the names and families of cached tasks, in their order."""
+    return TaskTable(tuple(task.name for task in tasks), tuple(task.family for task in tasks))
+
+
+def _check_vocabulary(model: Model, tasks: Sequence[cache.CachedTask]) -> None:
+    for task in tasks:
+        size = task.vocabulary("targets").size
+        if model.config.vocab_size < size:
+            raise ValueError(
+                f"The model has vocab_size={model.config.vocab_size}, but the vocabulary of task {task.name!r} "
+                f"has {size} ids. Set vocab_size to at least {size} (a multiple of 128 is fast)."
+            )
+
+
+def prepare(
+    *,
+    model: Model,
+    data: pipeline.TrainData,
+    optimizer: optim.Optimizer,
+    tasks: TaskTable | None = None,
+    balancer: Balancer | None = None,
+    peft: Peft | None = None,
+    loss: LossConfig | None = None,
+    mesh: Mapping[str, int] | None = None,
+    rules: sharding.Rules = sharding.PARAMETER_RULES,
+    microbatches: int = 1,
+    group_by: str | Mapping[str, str] = "task",
+    ema_decay: float | None = None,
+) -> Program:
+    """Build the Program of a run; the tasks come from the cache unless given.
+
+    Raises ValueError for what cannot train: vocabulary, mesh, batch, groups.
+    """
+    if tasks is None:
+        cached = cache.open_mixture(data.cache_dirs, data.mixture).tasks
+        _check_vocabulary(model, cached)
+        tasks = task_table(cached)
+    return program.program(
+        model=model,
+        optimizer=optimizer,
+        tasks=tasks,
+        batch_size=data.batch_size,
+        balancer=balancer,
+        peft=peft,
+        loss=loss,
+        mesh=mesh,
+        rules=rules,
+        microbatches=microbatches,
+        group_by=group_by,
+        ema_decay=ema_decay,
+    )
+
+
+def environment() -> dict[str, Any]:
+    """Return what bit-exact resume depends on beside the recipe."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mtjax")
+    return {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "processes": jax.process_count(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+    }
+
+
+def _meta(run: Program, model: Model, tasks: Sequence[cache.CachedTask], config_text: str) -> dict[str, Any]:
+    return {
+        "tasks": list(run.tasks.names),
+        "families": list(run.tasks.families),
+        "groups": list(run.groups),
+        "vocabulary": {task.name: task.vocabulary("targets").fingerprint for task in tasks},
+        "model": {"name": type(model.config).__name__, **dataclasses.asdict(model.config)},
+        "mesh": dict(run.mesh.shape),
+        "environment": environment(),
+        "config": config_text,
+    }
+
+
+def _check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], *, writer: log.Writer) -> None:
+    """Refuse to resume with other tasks or another vocabulary; warn where bits may differ."""
+    if saved["tasks"] != now["tasks"]:
+        dropped = [name for name in saved["tasks"] if name not in now["tasks"]]
+        added = [name for name in now["tasks"] if name not in saved["tasks"]]
+        raise ValueError(
+            f"The checkpoint was trained on other tasks: dropped {dropped[:10]}, added {added[:10]}"
+            f"{', order changed' if not dropped and not added else ''}. Resume with the same mixture, or start "
+            "a new MODEL_DIR from INITIAL_CHECKPOINT_PATH."
+        )
+    if changed := [n for n in now["tasks"] if saved["vocabulary"].get(n) != now["vocabulary"][n]]:
+        raise ValueError(
+            f"The vocabulary of {changed[:5]} differs from the checkpoint's. Use the vocabulary the run started with."
+        )
+    differing = [
+        f"{key}: {saved['environment'].get(key)} -> {value}"
+        for key, value in now["environment"].items()
+        if saved["environment"].get(key) != value
+    ]
+    if saved["mesh"] != now["mesh"]:
+        differing.append(f"mesh: {saved['mesh']} -> {now['mesh']}")
+    if differing:
+        writer.text(
+            "Resuming elsewhere: close to the straight run, not bit for bit (" + "; ".join(differing) + ")."
+        )
+
+
+def _start(
+    run: Program, checkpointer: checkpoint.Checkpointer, *, seed: int, initial_checkpoint: str | None
+) -> tuple[TrainState, dict | None, dict | None]:
+    """Return (state, host, meta): restored, from an initial checkpoint's parameters, or new."""
+    if checkpointer.latest() is not None:
+        return checkpointer.restore(run.abstract)
+    key = jax.random.key(seed)
+    if initial_checkpoint is None:
+        return run.init(key), None, None
+    abstract = jax.eval_shape(run.merge, run.abstract)
+    abstract = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        abstract,
+        run.model_shardings,
+    )
+    return run.start_from(key, checkpoint.restore_parameters(initial_checkpoint, abstract)), None, None
+
+
+def _validate(run: Program, params: Params, batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Evaluate fixed batches: mean loss over all tokens, over tasks, per task and per family."""
+    sums = [run.evaluate(params, sharding.global_batch(run.mesh, batch))[0] for batch in batches]
+    tasks = monitor.add_up(jax.device_get(sums))
+    scalars = monitor.overall(TaskSums(*(np.sum(x) for x in tasks)), prefix="validation")
+    # The mean over tasks is not swayed by how long a task's targets are.
+    losses = [entry["loss"] for entry in monitor.means(tasks, run.tasks.names).values()]
+    scalars["validation/mean_task_loss"] = float(np.mean(losses))
+    return scalars | monitor.scalars_of(run.tasks, tasks, prefix="validation/")
+
+
+def _check_finite(step: int, metrics: StepMetrics, tasks: TaskTable) -> None:
+    if bool(metrics.is_finite):
+        return
+    sums = jax.device_get(metrics.tasks)
+    present = [name for name, n in zip(tasks.names, sums.tokens_T, strict=True) if n > 0]
+    bad = [name for name, loss in zip(tasks.names, sums.loss_T, strict=True) if not np.isfinite(loss)]
+    raise NonFiniteError(
+        f"Step {step}: loss {float(metrics.total.loss_T)} and gradient norm {float(metrics.gradient_norm)} are not "
+        f"both finite. Tasks with a non-finite loss: {bad or 'none, so the gradient overflowed'}; tasks in the "
+        f"batch: {present[:20]}{', ...' if len(present) > 20 else ''}. The parameters before this step are kept, "
+        "and so is the last checkpoint. Lower the learning rate, clip the gradient, or drop the task."
+    )
+
+
+def _profile(step: int, steps: Sequence[int], model_dir: str) -> None:
+    """Trace the steps [first, last) with jax.profiler into model_dir/profile."""
+    if not steps:
+        return
+    first, last = steps
+    if step == first:
+        jax.profiler.start_trace(os.path.join(model_dir, "profile"))
+    if step == last:
+        jax.profiler.stop_trace()
+
+
+def fit(
+    *,
+    model_dir: str,
+    model: Model,
+    data: pipeline.TrainData,
+    optimizer: optim.Optimizer,
+    train_steps: int,
+    balancer: Balancer | None = None,
+    peft: Peft | None = None,
+    loss: LossConfig | None = None,
+    mesh: Mapping[str, int] | None = None,
+    rules: sharding.Rules = sharding.PARAMETER_RULES,
+    microbatches: int = 1,
+    group_by: str | Mapping[str, str] = "task",
+    ema_decay: float | None = None,
+    evaluation: Evaluation | None = None,
+    saving: Saving | None = None,
+    log_every: int = 50,
+    seed: int = 0,
+    initial_checkpoint: str | None = None,
+    profile_steps: Sequence[int] = (),
+    config_text: str = "",
+) -> dict[str, float]:
+    """Train to `train_steps`, or resume what model_dir holds, and return the last logged scalars.
+
+    Raises ValueError for a run that cannot start and NonFiniteError for one that diverged.
+    """
+    evaluation, saving = evaluation or Evaluation(), saving or Saving()
+    stream = pipeline.open_stream(data, num_hosts=jax.process_count(), host=jax.process_index())
+    _check_vocabulary(model, stream.tasks)
+    run = prepare(
+        model=model,
+        data=data,
+        optimizer=optimizer,
+        tasks=task_table(stream.tasks),
+        balancer=balancer,
+        peft=peft,
+        loss=loss,
+        mesh=mesh,
+        rules=rules,
+        microbatches=microbatches,
+        group_by=group_by,
+        ema_decay=ema_decay,
+    )
+    meta = _meta(run, model, stream.tasks, config_text)
+    checkpointer = checkpoint.Checkpointer(
+        model_dir,
+        keep_last=saving.keep_last,
+        keep_every=saving.keep_every,
+        best_metric=evaluation.metric if evaluation.every else None,
+        best_mode=evaluation.mode,
+        asynchronous=saving.asynchronous,
+    )
+    state, host, saved = _start(run, checkpointer, seed=seed, initial_checkpoint=initial_checkpoint)
+    patience = monitor.Patience(metric=evaluation.metric, mode=evaluation.mode, patience=evaluation.patience)
+    start = int(state.step)
+    with log.writers(model_dir, resume_step=start, train_steps=train_steps) as writer, stream:
+        if host is not None:
+            _check_resume(saved, meta, writer=writer)
+            stream.restore(host["data"])
+            patience.restore(host["patience"])
+        return _loop(
+            run,
+            state,
+            stream,
+            writer=writer,
+            checkpointer=checkpointer,
+            patience=patience,
+            meta=meta,
+            steps=range(start, train_steps),
+            validate=_validation(run, model, data, stream.tasks, evaluation),
+            evaluation=evaluation,
+            saving=saving,
+            log_every=log_every,
+            profile=lambda step: _profile(step, profile_steps, model_dir),
+        )
+
+
+def _validation(
+    run: Program,
+    model: Model,
+    data: pipeline.TrainData,
+    tasks: Sequence[cache.CachedTask],
+    evaluation: Evaluation,
+) -> Callable[[Params], dict[str, float]]:
+    """Build what one evaluation during training runs; its batches are read once."""
+    if not evaluation.every:
+        return lambda params: {}
+    batches = pipeline.validation_batches(
+        tasks,
+        evaluation.split,
+        lengths=data.lengths,
+        batch_size=data.batch_size,
+        examples=evaluation.examples,
+        architecture=data.architecture,
+    )
+
+    def validate(params: Params) -> dict[str, float]:
+        scalars = _validate(run, params, batches)
+        if evaluation.decode:
+            scalars |= _decoded(run, model, params, data, tasks, evaluation)
+        return scalars
+
+    return validate
+
+
+def _decoded(run, model, params, data, tasks, evaluation) -> dict[str, float]:
+    """Decode a few validation examples a task and score them by the task's metrics."""
+    results = evaluate.evaluate_mixture(
+        model,
+        params,
+        tasks,
+        split=evaluation.split,
+        lengths=data.lengths,
+        batch_size=data.batch_size,
+        max_examples=evaluation.decode,
+        mesh=run.mesh,
+    )
+    return {
+        f"validation/task/{result.task}/{name}": float(score)
+        for result in results
+        for name, score in result.scores.items()
+    }
+
+
+def _loop(
+    run: Program,
+    state: TrainState,
+    stream: pipeline.Stream,
+    *,
+    writer: log.Writer,
+    checkpointer: checkpoint.Checkpointer,
+    patience: monitor.Patience,
+    meta: Mapping[str, Any],
+    steps: range,
+    validate: Callable[[Params], dict[str, float]],
+    evaluation: Evaluation,
+    saving: Saving,
+    log_every: int,
+    profile: Callable[[int], None],
+) -> dict[str, float]:
+    """Take the steps; log, evaluate and save between them."""
+    window = monitor.Window(run.tasks)
+    scalars: dict[str, float] = {}
+    metrics: dict[str, float] = {}
+    last: StepMetrics | None = None
+    is_over = False
+    for step in steps:
+        profile(step)
+        batch = sharding.global_batch(run.mesh, next(stream))
+        state, now = run.step(state, batch)
+        window.add(now)
+        # The host looks one step behind, so the device never waits for it.
+        if last is not None:
+            _check_finite(step - 1, last, run.tasks)
+        last, done = now, step + 1
+        is_last = done == steps.stop
+        if done % log_every == 0 or is_last:
+            _check_finite(step, now, run.tasks)
+            scalars = window.close(stream.report(), positions_per_step=_positions(batch))
+            writer.scalars(done, scalars)
+        if evaluation.every and (done % evaluation.every == 0 or is_last):
+            metrics = validate(run.merge(state))
+            writer.scalars(done, metrics)
+            stream.observe(done, metrics)
+            is_over = patience.is_over(metrics)
+        if (saving.every and done % saving.every == 0) or is_last or is_over:
+            _check_finite(step, now, run.tasks)
+            host = {"data": stream.state(), "patience": patience.state()}
+            checkpointer.save(done, state, host=host, meta=meta, metrics=metrics or None)
+        if is_over:
+            writer.text(
+                f"Stopped at step {done}: {evaluation.metric} has not improved {patience.waited} times."
+            )
+            break
+    checkpointer.close()
+    return scalars | metrics
+
+
+def _positions(batch: Mapping[str, jax.Array]) -> int:
+    """Count the input and target positions of a global batch, padding included."""
+    return sum(batch[n].size for n in ("encoder_input_tokens", "decoder_target_tokens") if n in batch)
