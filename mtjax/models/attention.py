@@ -1,0 +1,171 @@
+"""T5's attention: relative position bias, masks for padding and packing, and its cached form."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from mtjax.models.layers import Linear, dropout, fan_in_normal
+from mtjax.types import Array, Context
+
+MASKED = -1e10
+
+
+def relative_position_bucket(
+    distance: np.ndarray, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> np.ndarray:
+    """Map key position minus query position to a bucket (Raffel et al. 2020, section 2.1).
+
+    Half of the buckets are exact small distances, the other half logarithmic up to max_distance; with
+    `bidirectional`, keys before and after the query get half of the buckets each, else keys after it share
+    the bucket of distance 0.
+    """
+    backward = -distance
+    offset = np.zeros_like(backward)
+    if bidirectional:
+        num_buckets //= 2
+        offset = (backward < 0) * num_buckets
+        backward = np.abs(backward)
+    else:
+        backward = np.maximum(backward, 0)
+    exact = num_buckets // 2
+    with np.errstate(divide="ignore"):
+        ratio = np.log(backward.astype(np.float32) / exact + np.finfo(np.float32).eps)
+    large = exact + (ratio / math.log(max_distance / exact) * (num_buckets - exact)).astype(np.int32)
+    return offset + np.where(backward < exact, backward, np.minimum(large, num_buckets - 1))
+
+
+class RelativePositionBias(nnx.Module):
+    """One learned bias per head and bucket of relative distance, shared by the layers of a stack."""
+
+    def __init__(
+        self, num_heads: int, *, num_buckets: int, max_distance: int, bidirectional: bool, key: Array
+    ) -> None:
+        init = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        self.rel_embedding = nnx.Param(init(key, (num_heads, num_buckets), jnp.float32))
+        self.num_buckets = num_buckets
+        self.max_distance = max_distance
+        self.bidirectional = bidirectional
+
+    def by_distance(self, low: int, high: int) -> Array:
+        """Return the bias [H, high - low] of the distances key - query = low, ..., high - 1."""
+        buckets = relative_position_bucket(
+            np.arange(low, high),
+            bidirectional=self.bidirectional,
+            num_buckets=self.num_buckets,
+            max_distance=self.max_distance,
+        )
+        return self.rel_embedding[...][:, buckets]
+
+    def __call__(self, num_queries: int, num_keys: int) -> Array:
+        """Return the bias [H, L, S] of queries and keys that both count from position 0."""
+        # Row q is the slice of `values` that starts at num_queries - 1 - q. Copies of `values`, flattened and
+        # cut into rows one shorter, are skewed just so; the gradient is a pad and a sum, where a gather's
+        # would be a scatter-add of L * S entries.
+        values = self.by_distance(1 - num_queries, num_keys + 1)
+        num_heads, width = values.shape
+        copies = jnp.broadcast_to(values[:, None], (num_heads, num_queries, width)).reshape(num_heads, -1)
+        skewed = copies[:, : num_queries * (width - 1)].reshape(num_heads, num_queries, width - 1)
+        return skewed[:, :, num_queries - 1 : num_queries - 1 + num_keys]
+
+
+def attention_mask(
+    *,
+    keys_BS: Array,
+    query_segments_BL: Array | None = None,
+    key_segments_BS: Array | None = None,
+    causal: bool = False,
+    prefix_BS: Array | None = None,
+) -> Array:
+    """Return what queries may see, bool, broadcastable to [B, H, L, S].
+
+    keys_BS are the keys that are not padding. With segments, only keys of the query's own segment; with
+    `causal`, no keys after the query, except that positions marked in prefix_BS see each other. Padded
+    queries are not masked: nothing reads them.
+    """
+    mask = (keys_BS != 0)[:, None, None, :]
+    if causal:
+        position = jnp.arange(keys_BS.shape[1])
+        visible = (position[:, None] >= position)[None, None]
+        if prefix_BS is not None:
+            prefix = prefix_BS != 0
+            visible = visible | (prefix[:, None, :, None] & prefix[:, None, None, :])
+        mask = mask & visible
+    if query_segments_BL is not None and key_segments_BS is not None:
+        mask = mask & (query_segments_BL[:, None, :, None] == key_segments_BS[:, None, None, :])
+    return mask
+
+
+def attention_bias(mask: Array, relative_HLS: Array | None = None) -> Array:
+    """Return the float32 bias of attention logits: the relative one, and -1e10 where masked."""
+    masked = jnp.where(mask, 0.0, MASKED).astype(jnp.float32)
+    return masked if relative_HLS is None else masked + relative_HLS.astype(jnp.float32)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention without biases and without 1/sqrt(K), which the query's initialiser holds."""
+
+    def __init__(
+        self, emb_dim: int, num_heads: int, head_dim: int, *, dropout_rate: float, key: Array
+    ) -> None:
+        query_key, key_key, value_key, out_key = jax.random.split(key, 4)
+        inner, outer = (emb_dim, num_heads * head_dim), (num_heads * head_dim, emb_dim)
+        self.query = Linear(fan_in_normal(query_key, inner, scale=1.0 / head_dim))
+        self.key = Linear(fan_in_normal(key_key, inner))
+        self.value = Linear(fan_in_normal(value_key, inner))
+        self.out = Linear(fan_in_normal(out_key, outer))
+        self.num_heads = num_heads
+        self.dropout_rate = dropout_rate
+
+    def split_heads(self, x_BLZ: Array) -> Array:
+        """Turn [B, L, H*K] into [B, L, H, K]."""
+        return x_BLZ.reshape(*x_BLZ.shape[:-1], self.num_heads, -1)
+
+    def keys_values(self, source_BSD: Array, context: Context) -> tuple[Array, Array]:
+        """Project a source to keys and values [B, S, H, K]."""
+        key_BSHK = self.split_heads(self.key(source_BSD, context))
+        return key_BSHK, self.split_heads(self.value(source_BSD, context))
+
+    def attend(
+        self, x_BLD: Array, keys_values: tuple[Array, Array], bias_BHLS: Array, context: Context
+    ) -> Array:
+        """Attend from x to keys and values [B, S, H, K] and project back to [B, L, D]."""
+        key_BSHK, value_BSHK = keys_values
+        query_BLHK = self.split_heads(self.query(x_BLD, context))
+        logits_BHLS = jnp.einsum("blhk,bshk->bhls", query_BLHK, key_BSHK, preferred_element_type=jnp.float32)
+        weights_BHLS = jax.nn.softmax(logits_BHLS + bias_BHLS, axis=-1).astype(x_BLD.dtype)
+        weights_BHLS = checkpoint_name(weights_BHLS, "attention_weights")
+        weights_BHLS = dropout(weights_BHLS, self.dropout_rate, context=context, site=20, broadcast_dim=-2)
+        mixed_BLHK = jnp.einsum("bhls,bshk->blhk", weights_BHLS, value_BSHK)
+        return self.out(mixed_BLHK.reshape(*x_BLD.shape[:-1], -1), context)
+
+    def __call__(
+        self, x_BLD: Array, source_BSD: Array, bias_BHLS: Array, context: Context, source_context: Context
+    ) -> Array:
+        """Attend from x [B, L, D] to source [B, S, D]; the contexts describe the tokens of each."""
+        return self.attend(x_BLD, self.keys_values(source_BSD, source_context), bias_BHLS, context)
+
+    def decode(
+        self, x_B1D: Array, cache: tuple[Array, Array], bias_BH1S: Array, *, at_B: Array, context: Context
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """Attend from one new position to itself and the cached ones; returns also the grown cache.
+
+        The cache holds keys and values [B, S, H, K]; at_B is each row's position.
+        """
+        new = self.keys_values(x_B1D, context)
+        write = jax.vmap(lambda old, entry, at: jax.lax.dynamic_update_slice_in_dim(old, entry, at, axis=0))
+        keys_values = tuple(write(old, entry, at_B) for old, entry in zip(cache, new, strict=True))
+        return self.attend(x_B1D, keys_values, bias_BH1S, context), keys_values
+
+    def decode_source(
+        self, x_B1D: Array, keys_values: tuple[Array, Array], bias_BH1S: Array, context: Context
+    ) -> Array:
+        """Attend from one position of B * num_beams rows to the keys and values of B sources."""
+        rows = keys_values[0].shape[0]
+        x_BND = x_B1D.reshape(rows, -1, x_B1D.shape[-1])  # a source's beams become its queries
+        return self.attend(x_BND, keys_values, bias_BH1S, context).reshape(x_B1D.shape)

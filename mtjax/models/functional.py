@@ -1,0 +1,200 @@
+"""The one adapter between nnx modules and pure functions of plain nested dicts.
+
+Modules only hold parameters: no random keys, caches or shardings live in them. Everything else uses jax
+transforms. Parameters that a module does not declare (an adapter, `lora_a` beside `kernel`) are attached to
+the submodule that their path names, so that a layer can apply them when present.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mtjax import tree
+from mtjax.types import Array, Context, Features, Model, Output, Params
+
+REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
+    "none": None,
+    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "dots": jax.checkpoint_policies.checkpoint_dots,
+    "attention": jax.checkpoint_policies.save_anything_except_these_names("attention_weights"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward pass keeps of a layer: everything; outputs of weight matrices; of all products;
+everything but the attention weights; nothing."""
+
+
+class Extra(nnx.Module):
+    """A submodule that exists only in the parameters."""
+
+
+def parameters(module: nnx.Module) -> Params:
+    """Return a module's parameters as a plain nested dict."""
+    return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+
+
+def bind(abstract: nnx.Module, params: Params) -> nnx.Module:
+    """Return a copy of an abstract module that holds these parameters.
+
+    Raises ValueError where a parameter that the module declares is missing.
+    """
+    graph, state = nnx.split(abstract)
+    declared, given = tree.flatten(nnx.to_pure_dict(state)), tree.flatten(params)
+    if missing := sorted(declared.keys() - given.keys()):
+        raise ValueError(
+            f"{len(missing)} parameters are missing, the first ones {missing[:5]}. "
+            "Were they made by another architecture, or with another scan_layers "
+            "(models.functional.stack_layers and unstack_layers convert)?"
+        )
+    state = jax.tree.map(lambda leaf: leaf, state)  # a copy: the abstract module stays as it is
+    nnx.replace_by_pure_dict(state, tree.unflatten({path: given[path] for path in declared}))
+    module = nnx.merge(graph, state)
+    for path in given.keys() - declared.keys():
+        *parents, name = path.split("/")
+        node = module
+        for parent in parents:
+            if not hasattr(node, parent):
+                setattr(node, parent, Extra())
+            node = getattr(node, parent)
+        setattr(node, name, nnx.Param(given[path]))
+    return module
+
+
+def functional(make: Callable[[Array], Any], *, config: Any = None) -> Model:
+    """Turn `make(key) -> nnx module` into a Model of pure functions of nested dicts.
+
+    The module has the methods features(batch, key), logits(hidden_BLD), encode(batch),
+    start(encoding, max_length, num_beams), decode(cache, tokens_B) and reorder(cache, rows_B).
+    """
+    abstract = jax.eval_shape(lambda: make(jax.random.key(0)))
+
+    def init(key: Array) -> Params:
+        return parameters(make(key))
+
+    def features(params: Params, batch: Mapping[str, Array], *, key: Array | None = None) -> Features:
+        return bind(abstract, params).features(batch, key)
+
+    def logits(params: Params, hidden_BLD: Array) -> Array:
+        return bind(abstract, params).logits(hidden_BLD)
+
+    def apply(params: Params, batch: Mapping[str, Array], *, key: Array | None = None) -> Output:
+        module = bind(abstract, params)
+        hidden_BLD, aux = module.features(batch, key)
+        return Output(module.logits(hidden_BLD), aux)
+
+    def encode(params: Params, batch: Mapping[str, Array]) -> Any:
+        return bind(abstract, params).encode(batch)
+
+    def start(params: Params, encoding: Any, *, max_length: int, num_beams: int = 1) -> Any:
+        return bind(abstract, params).start(encoding, max_length, num_beams)
+
+    def decode(params: Params, cache: Any, tokens_B: Array) -> tuple[Array, Any]:
+        return bind(abstract, params).decode(cache, tokens_B)
+
+    return Model(config, init, features, logits, apply, encode, start, decode, abstract.reorder)
+
+
+def add_layers(
+    owner: nnx.Module, make_layer: Callable[[Array], nnx.Module], *, key: Array, num_layers: int, scan: bool
+) -> None:
+    """Give `owner` its layers: one stacked module `layers`, or modules `layers_0`, `layers_1`, ...
+
+    Layer i gets the same key, and so the same values, either way.
+    """
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_layers))
+    if scan:
+        setattr(owner, tree.STACK, jax.vmap(make_layer)(keys))
+    else:
+        for i in range(num_layers):
+            setattr(owner, f"{tree.STACK}_{i}", make_layer(keys[i]))
+
+
+def run_layers(
+    owner: nnx.Module,
+    call: Callable[[Any, Array, Context], tuple[Array, dict[str, Array]]],
+    x_BLD: Array,
+    context: Context,
+    *,
+    num_layers: int,
+    remat_policy: str,
+) -> tuple[Array, dict[str, Array]]:
+    """Run call(layer, x, context) over all layers of `owner`; each layer gets its own dropout key.
+
+    Returns the last x and the layers' auxiliary losses, summed over layers.
+    """
+
+    def step(x_BLD: Array, layer: tuple[Any, Array]) -> tuple[Array, dict[str, Array]]:
+        module, i = layer
+        key = None if context.key is None else jax.random.fold_in(context.key, i)
+        return call(module, x_BLD, dataclasses.replace(context, key=key))
+
+    if (policy := REMAT_POLICIES[remat_policy]) is not None:
+        step = jax.checkpoint(step, policy=policy, prevent_cse=not hasattr(owner, tree.STACK))
+    if hasattr(owner, tree.STACK):
+        x_BLD, aux = jax.lax.scan(step, x_BLD, (getattr(owner, tree.STACK), jnp.arange(num_layers)))
+        return x_BLD, jax.tree.map(lambda values: values.sum(0), aux)
+    total: dict[str, Array] = {}
+    for i in range(num_layers):
+        x_BLD, aux = step(x_BLD, (getattr(owner, f"{tree.STACK}_{i}"), jnp.int32(i)))
+        total = {name: total[name] + value if name in total else value for name, value in aux.items()}
+    return x_BLD, total
+
+
+def decode_layers(
+    owner: nnx.Module,
+    call: Callable[[Any, Array, Any], tuple[Array, Any]],
+    x_BLD: Array,
+    caches: Any,
+    *,
+    num_layers: int,
+) -> tuple[Array, Any]:
+    """Run call(layer, x, cache) -> (x, cache) over all layers; scanned caches carry a leading layer dim."""
+    if hasattr(owner, tree.STACK):
+        return jax.lax.scan(
+            lambda x, layer: call(layer[0], x, layer[1]), x_BLD, (getattr(owner, tree.STACK), caches)
+        )
+    updated = []
+    for i in range(num_layers):
+        x_BLD, cache = call(getattr(owner, f"{tree.STACK}_{i}"), x_BLD, caches[i])
+        updated.append(cache)
+    return x_BLD, updated
+
+
+def map_layers(owner: nnx.Module, function: Callable[[Any], Any], *, num_layers: int) -> Any:
+    """Return function(layer) of every layer: stacked on a leading dim where scanned, else a list."""
+    if hasattr(owner, tree.STACK):
+        return jax.lax.map(function, getattr(owner, tree.STACK))
+    return [function(getattr(owner, f"{tree.STACK}_{i}")) for i in range(num_layers)]
+
+
+def stack_layers(params: Params) -> Params:
+    """Turn layers_0/..., layers_1/... into layers/... with a leading layer dim."""
+    if not isinstance(params, Mapping):
+        return params
+    prefix = f"{tree.STACK}_"
+    numbers = sorted(int(name.removeprefix(prefix)) for name in params if name.startswith(prefix))
+    others = {name: stack_layers(value) for name, value in params.items() if not name.startswith(prefix)}
+    if not numbers:
+        return others
+    layers = [stack_layers(params[f"{prefix}{i}"]) for i in numbers]
+    return others | {tree.STACK: jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)}
+
+
+def unstack_layers(params: Params) -> Params:
+    """Turn layers/... with a leading layer dim into layers_0/..., layers_1/...: the inverse of stack_layers."""
+    if not isinstance(params, Mapping):
+        return params
+    others = {name: unstack_layers(value) for name, value in params.items() if name != tree.STACK}
+    if tree.STACK not in params:
+        return others
+    stacked = params[tree.STACK]
+    num_layers = jax.tree.leaves(stacked)[0].shape[0]
+    return others | {
+        f"{tree.STACK}_{i}": unstack_layers(jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+        for i in range(num_layers)
+    }

@@ -1,0 +1,113 @@
+"""T5's building blocks: RMS norm, linear maps without bias, gated feed-forward, embeddings, dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mtjax import tree
+from mtjax.types import Array, Context
+
+ACTIVATIONS = {
+    "linear": lambda x: x,
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,  # the tanh approximation, as in T5 1.1
+    "silu": jax.nn.silu,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+}
+
+
+def fan_in_normal(key: Array, shape: tuple[int, int], *, scale: float = 1.0) -> Array:
+    """Draw N(0, scale / fan_in)."""
+    return jax.nn.initializers.variance_scaling(scale, "fan_in", "normal")(key, shape)
+
+
+def fan_in_truncated(key: Array, shape: tuple[int, int]) -> Array:
+    """Draw a normal of variance 1 / fan_in, truncated at two standard deviations."""
+    return jax.nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")(key, shape)
+
+
+def dropout(x: Array, rate: float, *, context: Context, site: int, broadcast_dim: int | None) -> Array:
+    """Zero entries of x with probability `rate` and scale the rest, when the context trains.
+
+    One mask is shared along broadcast_dim (T5X: the length). `site` tells a layer's dropouts apart.
+    """
+    if not context.train or context.key is None or rate == 0.0:
+        return x
+    shape = list(x.shape)
+    if broadcast_dim is not None:
+        shape[broadcast_dim] = 1
+    keep = jax.random.bernoulli(jax.random.fold_in(context.key, site), 1.0 - rate, shape)
+    return x * jnp.where(keep, 1.0 / (1.0 - rate), 0.0).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """T5's layer norm: scale only, no mean, computed in float32 (Zhang & Sennrich 2019)."""
+
+    def __init__(self, features: int) -> None:
+        self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
+
+    def __call__(self, x_BLD: Array) -> Array:
+        """Normalise the last dim to unit mean square, in float32, and return x's dtype."""
+        x = x_BLD.astype(jnp.float32)
+        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
+        return (x * inverse * self.scale[...]).astype(x_BLD.dtype)
+
+
+class Linear(nnx.Module):
+    """A linear map without bias; the kernel is stored in float32 and used in the input's dtype."""
+
+    def __init__(self, kernel: Array) -> None:
+        self.kernel = nnx.Param(kernel)
+
+    def __call__(self, x: Array, context: Context) -> Array:
+        """Map [..., in] to [..., out]."""
+        del context  # task-conditioned kinds of a linear map read it
+        return x @ self.kernel[...].astype(x.dtype)
+
+
+class MlpBlock(nnx.Module):
+    """The feed-forward block: the product of its activated projections, projected back (Shazeer 2020)."""
+
+    def __init__(
+        self, emb_dim: int, mlp_dim: int, activations: Sequence[str], *, dropout_rate: float, key: Array
+    ) -> None:
+        for name in activations:
+            if name not in ACTIVATIONS:
+                raise tree.unknown_name("activation", name, list(ACTIVATIONS))
+        *wi_keys, wo_key = jax.random.split(key, len(activations) + 1)
+        self.activations = tuple(activations)
+        self.names = ("wi",) if len(activations) == 1 else tuple(f"wi_{i}" for i in range(len(activations)))
+        for name, wi_key in zip(self.names, wi_keys, strict=True):
+            setattr(self, name, Linear(fan_in_truncated(wi_key, (emb_dim, mlp_dim))))
+        self.wo = Linear(fan_in_truncated(wo_key, (mlp_dim, emb_dim)))
+        self.dropout_rate = dropout_rate
+
+    def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, dict[str, Array]]:
+        """Return the block's output and its auxiliary losses (none)."""
+        hidden_BLF = None
+        for name, activation in zip(self.names, self.activations, strict=True):
+            part_BLF = ACTIVATIONS[activation](getattr(self, name)(x_BLD, context))
+            hidden_BLF = part_BLF if hidden_BLF is None else hidden_BLF * part_BLF
+        hidden_BLF = dropout(hidden_BLF, self.dropout_rate, context=context, site=10, broadcast_dim=-2)
+        return self.wo(hidden_BLF, context), {}
+
+
+class Embed(nnx.Module):
+    """Token embeddings, read by a gather."""
+
+    def __init__(self, vocab_size: int, features: int, *, key: Array) -> None:
+        self.embedding = nnx.Param(jax.random.normal(key, (vocab_size, features), jnp.float32))
+
+    def __call__(self, tokens_BL: Array, dtype: str) -> Array:
+        """Return the embeddings [B, L, D] of tokens in the given dtype."""
+        return self.embedding[...][tokens_BL].astype(dtype)
+
+    def attend(self, hidden_BLD: Array) -> Array:
+        """Return float32 logits [B, L, V] against the embeddings, scaled by 1/sqrt(D)."""
+        hidden_BLD = hidden_BLD.astype(jnp.float32) / jnp.sqrt(hidden_BLD.shape[-1]).astype(jnp.float32)
+        return hidden_BLD @ self.embedding[...].T

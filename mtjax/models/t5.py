@@ -1,0 +1,376 @@
+"""T5 1.0 and 1.1: the encoder-decoder of Raffel et al. 2020 and Shazeer 2020, with T5X's parameters.
+
+All positions are relative and packed segments are contiguous, so `*_positions` change nothing here; they
+travel in the context for layers that read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mtjax import tree
+from mtjax.models import functional
+from mtjax.models.attention import MASKED, Attention, RelativePositionBias, attention_bias, attention_mask
+from mtjax.models.layers import Embed, Linear, MlpBlock, RMSNorm, dropout, fan_in_truncated
+from mtjax.types import Array, Context, Features, Model
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """The architecture. T5 1.0: mlp_activations=('relu',), logits_via_embedding=True."""
+
+    vocab_size: int
+    emb_dim: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    dropout_rate: float = 0.0
+    logits_via_embedding: bool = False
+    dtype: str = "float32"  # of activations; parameters are float32
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    scan_layers: bool = False
+    remat_policy: str = "none"
+
+    def __post_init__(self) -> None:
+        check_config(self)
+
+
+def check_config(config: Any) -> None:
+    """Raise ValueError for sizes below 1, a dropout rate outside [0, 1) and unknown names."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type == "int" and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{type(config).__name__}.{field.name} must be a positive int, got {value!r}.")
+    if not 0.0 <= config.dropout_rate < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {config.dropout_rate!r}.")
+    if config.dtype not in DTYPES:
+        raise tree.unknown_name("dtype", str(config.dtype), DTYPES)
+    if config.remat_policy not in functional.REMAT_POLICIES:
+        raise tree.unknown_name("remat policy", config.remat_policy, list(functional.REMAT_POLICIES))
+
+
+def t5(config: T5Config) -> Model:
+    """Return the encoder-decoder as pure functions of its parameters."""
+    return functional.functional(lambda key: T5(config, key), config=config)
+
+
+def _attention(config: Any, key: Array) -> Attention:
+    return Attention(
+        config.emb_dim, config.num_heads, config.head_dim, dropout_rate=config.dropout_rate, key=key
+    )
+
+
+def _mlp(config: Any, key: Array) -> MlpBlock:
+    return MlpBlock(
+        config.emb_dim, config.mlp_dim, config.mlp_activations, dropout_rate=config.dropout_rate, key=key
+    )
+
+
+def relative_bias(config: Any, *, bidirectional: bool, key: Array) -> RelativePositionBias:
+    """Make a stack's table of relative position biases."""
+    return RelativePositionBias(
+        config.num_heads,
+        num_buckets=config.relative_attention_num_buckets,
+        max_distance=config.relative_attention_max_distance,
+        bidirectional=bidirectional,
+        key=key,
+    )
+
+
+class EncoderLayer(nnx.Module):
+    """Self-attention and feed-forward, each normalised before and added after."""
+
+    def __init__(self, config: T5Config, key: Array) -> None:
+        attention_key, mlp_key = jax.random.split(key)
+        self.pre_attention_layer_norm = RMSNorm(config.emb_dim)
+        self.attention = _attention(config, attention_key)
+        self.pre_mlp_layer_norm = RMSNorm(config.emb_dim)
+        self.mlp = _mlp(config, mlp_key)
+        self.dropout_rate = config.dropout_rate
+
+    def __call__(self, x_BLD: Array, bias: Array, context: Context) -> tuple[Array, dict[str, Array]]:
+        """Return the layer's output and its auxiliary losses."""
+        drop = _residual_dropout(self.dropout_rate, context)
+        y_BLD = self.pre_attention_layer_norm(x_BLD)
+        x_BLD = x_BLD + drop(self.attention(y_BLD, y_BLD, bias, context, context), 0)
+        y_BLD, aux = self.mlp(self.pre_mlp_layer_norm(x_BLD), context)
+        return x_BLD + drop(y_BLD, 1), aux
+
+
+class DecoderLayer(nnx.Module):
+    """Causal self-attention, attention to the encoder, and feed-forward."""
+
+    def __init__(self, config: T5Config, key: Array) -> None:
+        self_key, cross_key, mlp_key = jax.random.split(key, 3)
+        self.pre_self_attention_layer_norm = RMSNorm(config.emb_dim)
+        self.self_attention = _attention(config, self_key)
+        self.pre_cross_attention_layer_norm = RMSNorm(config.emb_dim)
+        self.encoder_decoder_attention = _attention(config, cross_key)
+        self.pre_mlp_layer_norm = RMSNorm(config.emb_dim)
+        self.mlp = _mlp(config, mlp_key)
+        self.dropout_rate = config.dropout_rate
+
+    def __call__(
+        self,
+        x_BLD: Array,
+        encoded_BSD: Array,
+        biases: tuple[Array, Array],
+        contexts: tuple[Context, Context],
+    ) -> tuple[Array, dict[str, Array]]:
+        """Return the layer's output and its auxiliary losses; biases and contexts: own, encoder's."""
+        context, source_context = contexts
+        drop = _residual_dropout(self.dropout_rate, context)
+        y_BLD = self.pre_self_attention_layer_norm(x_BLD)
+        x_BLD = x_BLD + drop(self.self_attention(y_BLD, y_BLD, biases[0], context, context), 0)
+        y_BLD = self.pre_cross_attention_layer_norm(x_BLD)
+        y_BLD = self.encoder_decoder_attention(
+            y_BLD, encoded_BSD, biases[1], _site(context, 1), source_context
+        )
+        x_BLD = x_BLD + drop(y_BLD, 1)
+        y_BLD, aux = self.mlp(self.pre_mlp_layer_norm(x_BLD), context)
+        return x_BLD + drop(y_BLD, 2), aux
+
+    def decode(
+        self, x_B1D: Array, cache: Any, biases: tuple[Array, Array], *, at_B: Array, context: Context
+    ) -> tuple[Array, Any]:
+        """Run one position; the cache holds own keys and values, and the encoder's."""
+        own, source = cache
+        y_B1D = self.pre_self_attention_layer_norm(x_B1D)
+        y_B1D, own = self.self_attention.decode(y_B1D, own, biases[0], at_B=at_B, context=context)
+        x_B1D = x_B1D + y_B1D
+        y_B1D = self.pre_cross_attention_layer_norm(x_B1D)
+        x_B1D = x_B1D + self.encoder_decoder_attention.decode_source(y_B1D, source, biases[1], context)
+        return x_B1D + self.mlp(self.pre_mlp_layer_norm(x_B1D), context)[0], (own, source)
+
+
+def _residual_dropout(rate: float, context: Context) -> Any:
+    return lambda x_BLD, site: dropout(x_BLD, rate, context=context, site=site, broadcast_dim=-2)
+
+
+def _site(context: Context, site: int) -> Context:
+    """Give a second block of the same kind in a layer its own dropout key."""
+    if context.key is None:
+        return context
+    return dataclasses.replace(context, key=jax.random.fold_in(context.key, 100 + site))
+
+
+class Encoder(nnx.Module):
+    """The encoder's layers, its table of relative position biases and its last norm."""
+
+    def __init__(self, config: T5Config, key: Array) -> None:
+        bias_key, layers_key = jax.random.split(key)
+        self.relpos_bias = relative_bias(config, bidirectional=True, key=bias_key)
+        functional.add_layers(
+            self,
+            lambda layer_key: EncoderLayer(config, layer_key),
+            key=layers_key,
+            num_layers=config.num_encoder_layers,
+            scan=config.scan_layers,
+        )
+        self.encoder_norm = RMSNorm(config.emb_dim)
+        self.config = config
+
+    def __call__(self, x_BSD: Array, mask: Array, context: Context) -> tuple[Array, dict[str, Array]]:
+        """Encode embeddings; returns also the auxiliary losses."""
+        config, length = self.config, x_BSD.shape[1]
+        bias = attention_bias(mask, self.relpos_bias(length, length))
+        x_BSD = dropout(x_BSD, config.dropout_rate, context=context, site=1000, broadcast_dim=-2)
+        x_BSD, aux = functional.run_layers(
+            self,
+            lambda layer, x, layer_context: layer(x, bias, layer_context),
+            x_BSD,
+            context,
+            num_layers=config.num_encoder_layers,
+            remat_policy=config.remat_policy,
+        )
+        x_BSD = self.encoder_norm(x_BSD)
+        return dropout(x_BSD, config.dropout_rate, context=context, site=1001, broadcast_dim=None), aux
+
+
+class Decoder(nnx.Module):
+    """The decoder's layers, its table of relative position biases, its last norm and untied logits."""
+
+    def __init__(self, config: T5Config, key: Array) -> None:
+        bias_key, layers_key, logits_key = jax.random.split(key, 3)
+        self.relpos_bias = relative_bias(config, bidirectional=False, key=bias_key)
+        functional.add_layers(
+            self,
+            lambda layer_key: DecoderLayer(config, layer_key),
+            key=layers_key,
+            num_layers=config.num_decoder_layers,
+            scan=config.scan_layers,
+        )
+        self.decoder_norm = RMSNorm(config.emb_dim)
+        if not config.logits_via_embedding:
+            self.logits_dense = Linear(fan_in_truncated(logits_key, (config.emb_dim, config.vocab_size)))
+        self.config = config
+
+    def __call__(
+        self,
+        x_BLD: Array,
+        encoded_BSD: Array,
+        masks: tuple[Array, Array],
+        contexts: tuple[Context, Context],
+    ) -> tuple[Array, dict[str, Array]]:
+        """Decode embeddings of whole targets; masks and contexts: own, encoder's."""
+        config, length = self.config, x_BLD.shape[1]
+        context, source_context = contexts
+        biases = (attention_bias(masks[0], self.relpos_bias(length, length)), attention_bias(masks[1]))
+        x_BLD = dropout(x_BLD, config.dropout_rate, context=context, site=1000, broadcast_dim=-2)
+        x_BLD, aux = functional.run_layers(
+            self,
+            lambda layer, x, layer_context: layer(x, encoded_BSD, biases, (layer_context, source_context)),
+            x_BLD,
+            context,
+            num_layers=config.num_decoder_layers,
+            remat_policy=config.remat_policy,
+        )
+        x_BLD = self.decoder_norm(x_BLD)
+        return dropout(x_BLD, config.dropout_rate, context=context, site=1001, broadcast_dim=-2), aux
+
+
+class T5(nnx.Module):
+    """The encoder-decoder; see functional.functional for what its methods become."""
+
+    def __init__(self, config: T5Config, key: Array) -> None:
+        embed_key, encoder_key, decoder_key = jax.random.split(key, 3)
+        self.token_embedder = Embed(config.vocab_size, config.emb_dim, key=embed_key)
+        self.encoder = Encoder(config, encoder_key)
+        self.decoder = Decoder(config, decoder_key)
+        self.config = config
+
+    def features(self, batch: Mapping[str, Array], key: Array | None) -> Features:
+        """Return the decoder's last hidden states for a batch of whole targets."""
+        encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
+        source_context = batch_context(batch, "encoder", key=encoder_key)
+        context = batch_context(batch, "decoder", key=decoder_key)
+        encoded_BSD, encoder_aux = self._encode(batch, source_context)
+        masks = (
+            attention_mask(
+                keys_BS=batch["decoder_target_tokens"] > 0,
+                query_segments_BL=context.segment_ids,
+                key_segments_BS=context.segment_ids,
+                causal=True,
+            ),
+            attention_mask(
+                keys_BS=batch["encoder_input_tokens"] > 0,
+                query_segments_BL=context.segment_ids,
+                key_segments_BS=source_context.segment_ids,
+            ),
+        )
+        x_BLD = self.token_embedder(batch["decoder_input_tokens"], self.config.dtype)
+        hidden_BLD, decoder_aux = self.decoder(x_BLD, encoded_BSD, masks, (context, source_context))
+        return Features(hidden_BLD, add_aux(encoder_aux, decoder_aux))
+
+    def logits(self, hidden_BLD: Array) -> Array:
+        """Return float32 logits; tied ones are divided by sqrt(D)."""
+        if self.config.logits_via_embedding:
+            return self.token_embedder.attend(hidden_BLD)
+        return self.decoder.logits_dense(hidden_BLD.astype(jnp.float32), Context())
+
+    def _encode(self, batch: Mapping[str, Array], context: Context) -> tuple[Array, dict[str, Array]]:
+        tokens_BS = batch["encoder_input_tokens"]
+        mask = attention_mask(
+            keys_BS=tokens_BS > 0, query_segments_BL=context.segment_ids, key_segments_BS=context.segment_ids
+        )
+        return self.encoder(self.token_embedder(tokens_BS, self.config.dtype), mask, context)
+
+    def encode(self, batch: Mapping[str, Array]) -> dict[str, Array]:
+        """Encode unpacked inputs for decoding: `encoded`, the token mask, and each row's task id if given."""
+        context = batch_context(batch, "encoder", key=None)
+        encoding = {"encoded": self._encode(batch, context)[0], "mask": batch["encoder_input_tokens"] > 0}
+        if context.task_ids is not None:
+            encoding["task_ids"] = context.task_ids.max(axis=1, keepdims=True)  # padding has -1
+        return encoding
+
+    def start(self, encoding: Mapping[str, Array], max_length: int, num_beams: int) -> dict[str, Any]:
+        """Make a cache of B * num_beams rows; the encoder's keys and values stay B rows, made once."""
+        config = self.config
+        rows = encoding["encoded"].shape[0] * num_beams
+        source_context = Context(task_ids=encoding.get("task_ids"))
+        source = functional.map_layers(
+            self.decoder,
+            lambda layer: layer.encoder_decoder_attention.keys_values(encoding["encoded"], source_context),
+            num_layers=config.num_decoder_layers,
+        )
+        shape = (rows, max_length, config.num_heads, config.head_dim)
+        own = empty_cache(shape, config, num_layers=config.num_decoder_layers)
+        cache = {"at_B": jnp.zeros(rows, jnp.int32), "own": own, "source": source, "mask": encoding["mask"]}
+        if "task_ids" in encoding:
+            cache["task_ids"] = encoding["task_ids"]
+        return cache
+
+    def decode(self, cache: dict[str, Any], tokens_B: Array) -> tuple[Array, dict[str, Any]]:
+        """Run one position of every row; returns float32 logits [B, V] and the grown cache."""
+        decoder, at_B = self.decoder, cache["at_B"]
+        num_beams = at_B.shape[0] // cache["mask"].shape[0]
+        task_ids = cache.get("task_ids")
+        context = Context(task_ids=None if task_ids is None else jnp.repeat(task_ids, num_beams, axis=0))
+        own = cache["own"]
+        max_length = jax.tree.leaves(own)[0].shape[-3]
+        biases = (
+            causal_row_bias(decoder.relpos_bias, at_B, max_length=max_length),
+            attention_bias(attention_mask(keys_BS=cache["mask"])),
+        )
+        x_B1D = self.token_embedder(tokens_B[:, None], self.config.dtype)
+        scan = self.config.scan_layers
+        layers = (own, cache["source"]) if scan else list(zip(own, cache["source"], strict=True))
+        x_B1D, layers = functional.decode_layers(
+            decoder,
+            lambda layer, x, layer_cache: layer.decode(x, layer_cache, biases, at_B=at_B, context=context),
+            x_B1D,
+            layers,
+            num_layers=self.config.num_decoder_layers,
+        )
+        own = layers[0] if scan else [layer[0] for layer in layers]
+        logits_B1V = self.logits(decoder.decoder_norm(x_B1D))
+        return logits_B1V[:, 0], cache | {"at_B": at_B + 1, "own": own}
+
+    def reorder(self, cache: dict[str, Any], rows_B: Array) -> dict[str, Any]:
+        """Pick rows of a cache. Beams of one source share its keys and values, which stay in place."""
+        rows = 1 if self.config.scan_layers else 0
+        own = jax.tree.map(lambda leaf: jnp.take(leaf, rows_B, axis=rows), cache["own"])
+        return cache | {"own": own, "at_B": cache["at_B"][rows_B]}
+
+
+def batch_context(batch: Mapping[str, Array], side: str, *, key: Array | None) -> Context:
+    """Collect what layers get beside the activations of one side ('encoder' or 'decoder') of a batch."""
+    return Context(
+        task_ids=batch.get(f"{side}_task_ids"),
+        segment_ids=batch.get(f"{side}_segment_ids"),
+        positions=batch.get(f"{side}_positions"),
+        key=key,
+        train=key is not None,
+    )
+
+
+def add_aux(first: dict[str, Array], second: dict[str, Array]) -> dict[str, Array]:
+    """Add auxiliary losses by name."""
+    return first | {name: first.get(name, 0.0) + value for name, value in second.items()}
+
+
+def empty_cache(shape: tuple[int, ...], config: Any, *, num_layers: int) -> Any:
+    """Make zero keys and values for every layer: stacked where layers are scanned, else a list."""
+    if config.scan_layers:
+        return tuple(jnp.zeros((num_layers, *shape), config.dtype) for _ in range(2))
+    return [tuple(jnp.zeros(shape, config.dtype) for _ in range(2)) for _ in range(num_layers)]
+
+
+def causal_row_bias(table: RelativePositionBias, at_B: Array, *, max_length: int) -> Array:
+    """Return the bias [B, H, 1, S] of one causal query at at_B to cached positions."""
+    values = table.by_distance(1 - max_length, max_length)  # [H, 2 S - 1], distance 0 at S - 1
+    distance_BS = jnp.arange(max_length) - at_B[:, None]
+    bias = jnp.moveaxis(values[:, distance_BS + max_length - 1], 0, 1).astype(jnp.float32)
+    return jnp.where(distance_BS[:, None] > 0, MASKED, bias)[:, :, None]
