@@ -91,7 +91,7 @@ def test_fingerprint_tells_vocabularies_apart(model_file):
         vocabulary.byte(1),
         vocabulary.sentencepiece(model_file),
         vocabulary.sentencepiece(model_file, 10),
-        vocabulary.sentencepiece_from_bytes(train_model(vocab_size=90)),
+        vocabulary.sentencepiece_from_bytes(train_model(model_type="char")),
     ]
     assert len({v.fingerprint for v in kinds}) == len(kinds)
 
@@ -114,6 +114,6 @@ def test_bad_models_are_named(model_file, tmp_path):
     with pytest.raises(ValueError, match="pad id -1"):
         vocabulary.sentencepiece_from_bytes(train_model(pad_id=-1, unk_id=0, bos_id=1, eos_id=2))
     v = vocabulary.sentencepiece(model_file, 10)
-    vocabulary.model_path(v.fingerprint, tmp_path).write_bytes(train_model(vocab_size=90))
+    vocabulary.model_path(v.fingerprint, tmp_path).write_bytes(train_model(model_type="char"))
     with pytest.raises(ValueError, match="fingerprint"):
         vocabulary.from_spec(v.spec(), tmp_path)
