@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import seqio
+
 from mtjax.tasks import evaluation, vocabularies
 from mtjax.tasks.info import describe
 
