@@ -123,26 +123,30 @@ class Attention(nnx.Module):
         self.dropout_rate = dropout_rate
 
     def split_heads(self, x_BLZ: Array) -> Array:
-        """Turn [B, L, H*K] into [B, L, H, K]."""
-        return x_BLZ.reshape(*x_BLZ.shape[:-1], self.num_heads, -1)
+        """Turn [B, L, H*K] into [B, H, L, K]."""
+        return jnp.swapaxes(x_BLZ.reshape(*x_BLZ.shape[:-1], self.num_heads, -1), -3, -2)
 
     def keys_values(self, source_BSD: Array, context: Context) -> tuple[Array, Array]:
-        """Project a source to keys and values [B, S, H, K]."""
-        key_BSHK = self.split_heads(self.key(source_BSD, context))
-        return key_BSHK, self.split_heads(self.value(source_BSD, context))
+        """Project a source to keys and values [B, H, S, K]."""
+        key_BHSK = self.split_heads(self.key(source_BSD, context))
+        return key_BHSK, self.split_heads(self.value(source_BSD, context))
+
+    def project_out(self, mixed_BHLK: Array, context: Context) -> Array:
+        """Join the heads [B, H, L, K] and project them to [B, L, D]."""
+        mixed_BLHK = jnp.swapaxes(mixed_BHLK, -3, -2)
+        return self.out(mixed_BLHK.reshape(*mixed_BLHK.shape[:-2], -1), context)
 
     def attend(
         self, x_BLD: Array, keys_values: tuple[Array, Array], bias_BHLS: Array, context: Context
     ) -> Array:
-        """Attend from x to keys and values [B, S, H, K] and project back to [B, L, D]."""
-        key_BSHK, value_BSHK = keys_values
-        query_BLHK = self.split_heads(self.query(x_BLD, context))
-        logits_BHLS = jnp.einsum("blhk,bshk->bhls", query_BLHK, key_BSHK, preferred_element_type=jnp.float32)
-        weights_BHLS = jax.nn.softmax(logits_BHLS + bias_BHLS, axis=-1).astype(x_BLD.dtype)
+        """Attend from x to keys and values [B, H, S, K] and project back to [B, L, D]."""
+        key_BHSK, value_BHSK = keys_values
+        query_BHLK = self.split_heads(self.query(x_BLD, context))
+        logits_BHLS = _logits(query_BHLK, key_BHSK) + bias_BHLS
+        weights_BHLS = jax.nn.softmax(logits_BHLS, axis=-1).astype(x_BLD.dtype)
         weights_BHLS = checkpoint_name(weights_BHLS, "attention_weights")
         weights_BHLS = dropout(weights_BHLS, self.dropout_rate, context=context, site=20, broadcast_dim=-2)
-        mixed_BLHK = jnp.einsum("bhls,bshk->blhk", weights_BHLS, value_BSHK)
-        return self.out(mixed_BLHK.reshape(*x_BLD.shape[:-1], -1), context)
+        return self.project_out(weights_BHLS @ value_BHSK, context)
 
     def __call__(
         self, x_BLD: Array, source_BSD: Array, bias_BHLS: Array, context: Context, source_context: Context
@@ -151,16 +155,40 @@ class Attention(nnx.Module):
         return self.attend(x_BLD, self.keys_values(source_BSD, source_context), bias_BHLS, context)
 
     def decode(
-        self, x_B1D: Array, cache: tuple[Array, Array], bias_BH1S: Array, *, at_B: Array, context: Context
+        self,
+        x_B1D: Array,
+        cache: tuple[Array, Array],
+        bias_BH1S: Array,
+        *,
+        step: Array,
+        context: Context,
+        prefix: tuple[tuple[Array, Array], Array] | None = None,
     ) -> tuple[Array, tuple[Array, Array]]:
         """Attend from one new position to itself and the cached ones; returns also the grown cache.
 
-        The cache holds keys and values [B, S, H, K]; at_B is each row's position.
+        The cache holds keys and values [B * num_beams, H, S, K] of the steps so far. A prefix is (keys and
+        values [B, H, P, K], bias [B, H, 1, P]): more positions to attend to, which beams share.
         """
         new = self.keys_values(x_B1D, context)
-        write = jax.vmap(lambda old, entry, at: jax.lax.dynamic_update_slice_in_dim(old, entry, at, axis=0))
-        keys_values = tuple(write(old, entry, at_B) for old, entry in zip(cache, new, strict=True))
-        return self.attend(x_B1D, keys_values, bias_BH1S, context), keys_values
+        key_BHSK, value_BHSK = cache = tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, entry, step, axis=2)
+            for old, entry in zip(cache, new, strict=True)
+        )
+        if prefix is None:
+            return self.attend(x_B1D, cache, bias_BH1S, context), cache
+        (prefix_key, prefix_value), prefix_bias = prefix
+        query_BH1K = self.split_heads(self.query(x_B1D, context))
+        rows, num_heads, _, head_dim = query_BH1K.shape
+        by_source = (prefix_key.shape[0], -1, num_heads, head_dim)
+        query_BHNK = jnp.swapaxes(query_BH1K.reshape(by_source), 1, 2)  # beams become queries
+        prefix_logits = jnp.swapaxes(_logits(query_BHNK, prefix_key) + prefix_bias, 1, 2)
+        prefix_logits = prefix_logits.reshape(rows, num_heads, 1, -1)
+        logits = jnp.concatenate([prefix_logits, _logits(query_BH1K, key_BHSK) + bias_BH1S], -1)
+        weights = jax.nn.softmax(logits, axis=-1).astype(x_B1D.dtype)
+        prefix_weights, own_weights = jnp.split(weights, [prefix_logits.shape[-1]], axis=-1)
+        prefix_weights = prefix_weights.reshape(*by_source[:3], -1).swapaxes(1, 2)
+        mixed = jnp.swapaxes(prefix_weights @ prefix_value, 1, 2).reshape(query_BH1K.shape)
+        return self.project_out(mixed + own_weights @ value_BHSK, context), cache
 
     def decode_source(
         self, x_B1D: Array, keys_values: tuple[Array, Array], bias_BH1S: Array, context: Context
@@ -169,3 +197,7 @@ class Attention(nnx.Module):
         rows = keys_values[0].shape[0]
         x_BND = x_B1D.reshape(rows, -1, x_B1D.shape[-1])  # a source's beams become its queries
         return self.attend(x_BND, keys_values, bias_BH1S, context).reshape(x_B1D.shape)
+
+
+def _logits(query_BHLK: Array, key_BHSK: Array) -> Array:
+    return jnp.einsum("bhlk,bhsk->bhls", query_BHLK, key_BHSK, preferred_element_type=jnp.float32)

@@ -69,7 +69,8 @@ def functional(make: Callable[[Array], Any], *, config: Any = None) -> Model:
     """Turn `make(key) -> nnx module` into a Model of pure functions of nested dicts.
 
     The module has the methods features(batch, key), logits(hidden_BLD), encode(batch),
-    start(encoding, max_length, num_beams), decode(cache, tokens_B) and reorder(cache, rows_B).
+    start(encoding, max_length, num_beams), decode(cache, tokens_B) and reorder(cache, rows_B). A cache is a
+    dict whose `first_B` are the tokens to feed first.
     """
     abstract = jax.eval_shape(lambda: make(jax.random.key(0)))
 
@@ -147,22 +148,26 @@ def run_layers(
 
 def decode_layers(
     owner: nnx.Module,
-    call: Callable[[Any, Array, Any], tuple[Array, Any]],
+    call: Callable[[Any, Array, dict[str, Any]], tuple[Array, dict[str, Any]]],
     x_BLD: Array,
-    caches: Any,
+    cache: dict[str, Any],
     *,
     num_layers: int,
-) -> tuple[Array, Any]:
-    """Run call(layer, x, cache) -> (x, cache) over all layers; scanned caches carry a leading layer dim."""
+) -> tuple[Array, dict[str, Any]]:
+    """Run call(layer, x, layer's cache) -> (x, layer's cache) over all layers.
+
+    A cache is a dict of what each layer keeps: stacked on a leading dim where scanned, else a list.
+    """
     if hasattr(owner, tree.STACK):
         return jax.lax.scan(
-            lambda x, layer: call(layer[0], x, layer[1]), x_BLD, (getattr(owner, tree.STACK), caches)
+            lambda x, layer: call(layer[0], x, layer[1]), x_BLD, (getattr(owner, tree.STACK), cache)
         )
     updated = []
     for i in range(num_layers):
-        x_BLD, cache = call(getattr(owner, f"{tree.STACK}_{i}"), x_BLD, caches[i])
-        updated.append(cache)
-    return x_BLD, updated
+        layer_cache = {name: values[i] for name, values in cache.items()}
+        x_BLD, layer_cache = call(getattr(owner, f"{tree.STACK}_{i}"), x_BLD, layer_cache)
+        updated.append(layer_cache)
+    return x_BLD, {name: [layer_cache[name] for layer_cache in updated] for name in cache}
 
 
 def map_layers(owner: nnx.Module, function: Callable[[Any], Any], *, num_layers: int) -> Any:

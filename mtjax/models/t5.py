@@ -143,16 +143,23 @@ class DecoderLayer(nnx.Module):
         return x_BLD + drop(y_BLD, 2), aux
 
     def decode(
-        self, x_B1D: Array, cache: Any, biases: tuple[Array, Array], *, at_B: Array, context: Context
-    ) -> tuple[Array, Any]:
-        """Run one position; the cache holds own keys and values, and the encoder's."""
-        own, source = cache
+        self,
+        x_B1D: Array,
+        cache: dict[str, Any],
+        biases: tuple[Array, Array],
+        *,
+        step: Array,
+        context: Context,
+    ) -> tuple[Array, dict[str, Any]]:
+        """Run one position; the cache holds own keys and values, and the source's."""
         y_B1D = self.pre_self_attention_layer_norm(x_B1D)
-        y_B1D, own = self.self_attention.decode(y_B1D, own, biases[0], at_B=at_B, context=context)
+        y_B1D, own = self.self_attention.decode(y_B1D, cache["own"], biases[0], step=step, context=context)
         x_B1D = x_B1D + y_B1D
         y_B1D = self.pre_cross_attention_layer_norm(x_B1D)
-        x_B1D = x_B1D + self.encoder_decoder_attention.decode_source(y_B1D, source, biases[1], context)
-        return x_B1D + self.mlp(self.pre_mlp_layer_norm(x_B1D), context)[0], (own, source)
+        y_B1D = self.encoder_decoder_attention.decode_source(y_B1D, cache["source"], biases[1], context)
+        x_B1D = x_B1D + y_B1D
+        x_B1D = x_B1D + self.mlp(self.pre_mlp_layer_norm(x_B1D), context)[0]
+        return x_B1D, cache | {"own": own}
 
 
 def _residual_dropout(rate: float, context: Context) -> Any:
@@ -300,49 +307,42 @@ class T5(nnx.Module):
         config = self.config
         rows = encoding["encoded"].shape[0] * num_beams
         source_context = Context(task_ids=encoding.get("task_ids"))
-        source = functional.map_layers(
-            self.decoder,
-            lambda layer: layer.encoder_decoder_attention.keys_values(encoding["encoded"], source_context),
-            num_layers=config.num_decoder_layers,
-        )
-        shape = (rows, max_length, config.num_heads, config.head_dim)
-        own = empty_cache(shape, config, num_layers=config.num_decoder_layers)
-        cache = {"at_B": jnp.zeros(rows, jnp.int32), "own": own, "source": source, "mask": encoding["mask"]}
-        if "task_ids" in encoding:
-            cache["task_ids"] = encoding["task_ids"]
-        return cache
+        cache = {
+            "step": jnp.int32(0),
+            "first_B": jnp.zeros(rows, jnp.int32),
+            "own": empty_cache(config, rows, max_length, num_layers=config.num_decoder_layers),
+            "source": functional.map_layers(
+                self.decoder,
+                lambda layer: layer.encoder_decoder_attention.keys_values(
+                    encoding["encoded"], source_context
+                ),
+                num_layers=config.num_decoder_layers,
+            ),
+            "mask": encoding["mask"],
+        }
+        return cache | {name: encoding[name] for name in ("task_ids",) if name in encoding}
 
     def decode(self, cache: dict[str, Any], tokens_B: Array) -> tuple[Array, dict[str, Any]]:
         """Run one position of every row; returns float32 logits [B, V] and the grown cache."""
-        decoder, at_B = self.decoder, cache["at_B"]
-        num_beams = at_B.shape[0] // cache["mask"].shape[0]
-        task_ids = cache.get("task_ids")
-        context = Context(task_ids=None if task_ids is None else jnp.repeat(task_ids, num_beams, axis=0))
-        own = cache["own"]
-        max_length = jax.tree.leaves(own)[0].shape[-3]
+        decoder, step = self.decoder, cache["step"]
+        context = cache_context(cache, num_beams=tokens_B.shape[0] // cache["mask"].shape[0])
         biases = (
-            causal_row_bias(decoder.relpos_bias, at_B, max_length=max_length),
+            step_bias(decoder.relpos_bias, step, max_length=jax.tree.leaves(cache["own"])[0].shape[-2]),
             attention_bias(attention_mask(keys_BS=cache["mask"])),
         )
-        x_B1D = self.token_embedder(tokens_B[:, None], self.config.dtype)
-        scan = self.config.scan_layers
-        layers = (own, cache["source"]) if scan else list(zip(own, cache["source"], strict=True))
         x_B1D, layers = functional.decode_layers(
             decoder,
-            lambda layer, x, layer_cache: layer.decode(x, layer_cache, biases, at_B=at_B, context=context),
-            x_B1D,
-            layers,
+            lambda layer, x, layer_cache: layer.decode(x, layer_cache, biases, step=step, context=context),
+            self.token_embedder(tokens_B[:, None], self.config.dtype),
+            {"own": cache["own"], "source": cache["source"]},
             num_layers=self.config.num_decoder_layers,
         )
-        own = layers[0] if scan else [layer[0] for layer in layers]
         logits_B1V = self.logits(decoder.decoder_norm(x_B1D))
-        return logits_B1V[:, 0], cache | {"at_B": at_B + 1, "own": own}
+        return logits_B1V[:, 0], cache | {"step": step + 1, "own": layers["own"]}
 
     def reorder(self, cache: dict[str, Any], rows_B: Array) -> dict[str, Any]:
         """Pick rows of a cache. Beams of one source share its keys and values, which stay in place."""
-        rows = 1 if self.config.scan_layers else 0
-        own = jax.tree.map(lambda leaf: jnp.take(leaf, rows_B, axis=rows), cache["own"])
-        return cache | {"own": own, "at_B": cache["at_B"][rows_B]}
+        return cache | {"own": take_rows(cache["own"], rows_B, self.config)}
 
 
 def batch_context(batch: Mapping[str, Array], side: str, *, key: Array | None) -> Context:
@@ -361,16 +361,29 @@ def add_aux(first: dict[str, Array], second: dict[str, Array]) -> dict[str, Arra
     return first | {name: first.get(name, 0.0) + value for name, value in second.items()}
 
 
-def empty_cache(shape: tuple[int, ...], config: Any, *, num_layers: int) -> Any:
-    """Make zero keys and values for every layer: stacked where layers are scanned, else a list."""
+def cache_context(cache: Mapping[str, Any], *, num_beams: int) -> Context:
+    """Build the context of one decoded position; a task id of each source holds for its beams."""
+    if "task_ids" not in cache:
+        return Context()
+    return Context(task_ids=jnp.repeat(cache["task_ids"], num_beams, axis=0))
+
+
+def empty_cache(config: Any, rows: int, max_length: int, *, num_layers: int) -> Any:
+    """Make zero keys and values [B, H, S, K] for every layer: stacked where layers are scanned, else a list."""
+    shape = (rows, config.num_heads, max_length, config.head_dim)
     if config.scan_layers:
         return tuple(jnp.zeros((num_layers, *shape), config.dtype) for _ in range(2))
     return [tuple(jnp.zeros(shape, config.dtype) for _ in range(2)) for _ in range(num_layers)]
 
 
-def causal_row_bias(table: RelativePositionBias, at_B: Array, *, max_length: int) -> Array:
-    """Return the bias [B, H, 1, S] of one causal query at at_B to cached positions."""
+def take_rows(cache: Any, rows_B: Array, config: Any) -> Any:
+    """Pick rows of keys and values made by empty_cache."""
+    dim = 1 if config.scan_layers else 0
+    return jax.tree.map(lambda leaf: jnp.take(leaf, rows_B, axis=dim), cache)
+
+
+def step_bias(table: RelativePositionBias, step: Array, *, max_length: int) -> Array:
+    """Return the bias [1, H, 1, S] of a causal query at position `step` to cached positions."""
     values = table.by_distance(1 - max_length, max_length)  # [H, 2 S - 1], distance 0 at S - 1
-    distance_BS = jnp.arange(max_length) - at_B[:, None]
-    bias = jnp.moveaxis(values[:, distance_BS + max_length - 1], 0, 1).astype(jnp.float32)
-    return jnp.where(distance_BS[:, None] > 0, MASKED, bias)[:, :, None]
+    row_HS = jax.lax.dynamic_slice_in_dim(values, max_length - 1 - step, max_length, axis=1)
+    return jnp.where(jnp.arange(max_length) > step, MASKED, row_HS)[None, :, None]
