@@ -176,19 +176,16 @@ class Attention(nnx.Module):
         )
         if prefix is None:
             return self.attend(x_B1D, cache, bias_BH1S, context), cache
-        (prefix_key, prefix_value), prefix_bias = prefix
+        (prefix_key_BHPK, prefix_value_BHPK), prefix_bias_BH1P = prefix
+        sources = prefix_key_BHPK.shape[0]
         query_BH1K = self.split_heads(self.query(x_B1D, context))
-        rows, num_heads, _, head_dim = query_BH1K.shape
-        by_source = (prefix_key.shape[0], -1, num_heads, head_dim)
-        query_BHNK = jnp.swapaxes(query_BH1K.reshape(by_source), 1, 2)  # beams become queries
-        prefix_logits = jnp.swapaxes(_logits(query_BHNK, prefix_key) + prefix_bias, 1, 2)
-        prefix_logits = prefix_logits.reshape(rows, num_heads, 1, -1)
+        prefix_logits = _logits(_beams_to_queries(query_BH1K, sources), prefix_key_BHPK) + prefix_bias_BH1P
+        prefix_logits = _queries_to_beams(prefix_logits)
         logits = jnp.concatenate([prefix_logits, _logits(query_BH1K, key_BHSK) + bias_BH1S], -1)
         weights = jax.nn.softmax(logits, axis=-1).astype(x_B1D.dtype)
         prefix_weights, own_weights = jnp.split(weights, [prefix_logits.shape[-1]], axis=-1)
-        prefix_weights = prefix_weights.reshape(*by_source[:3], -1).swapaxes(1, 2)
-        mixed = jnp.swapaxes(prefix_weights @ prefix_value, 1, 2).reshape(query_BH1K.shape)
-        return self.project_out(mixed + own_weights @ value_BHSK, context), cache
+        prefix_mixed = _queries_to_beams(_beams_to_queries(prefix_weights, sources) @ prefix_value_BHPK)
+        return self.project_out(prefix_mixed + own_weights @ value_BHSK, context), cache
 
     def decode_source(
         self, x_B1D: Array, keys_values: tuple[Array, Array], bias_BH1S: Array, context: Context
@@ -201,3 +198,14 @@ class Attention(nnx.Module):
 
 def _logits(query_BHLK: Array, key_BHSK: Array) -> Array:
     return jnp.einsum("bhlk,bhsk->bhls", query_BHLK, key_BHSK, preferred_element_type=jnp.float32)
+
+
+def _beams_to_queries(x: Array, sources: int) -> Array:
+    """Turn one query of B * num_beams rows [B * num_beams, H, 1, ...] into num_beams queries [B, H, N, ...]."""
+    _, num_heads, _, width = x.shape
+    return jnp.swapaxes(x.reshape(sources, -1, num_heads, width), 1, 2)
+
+
+def _queries_to_beams(x: Array) -> Array:
+    sources, num_heads, num_beams, width = x.shape
+    return jnp.swapaxes(x, 1, 2).reshape(sources * num_beams, num_heads, 1, width)

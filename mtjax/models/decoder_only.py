@@ -1,6 +1,6 @@
 """A decoder-only T5: causal or prefix language model, with T5X's parameters (t5x.examples.decoder_only).
 
-Positions marked in decoder_causal_attention (the inputs, and one more: the sequence is shifted right) see
+Positions marked in decoder_causal_attention (the inputs and one more, since tokens are shifted right) see
 each other in both directions; the relative bias stays one-directional. As in models/t5.py positions are
 relative, so decoder_positions change nothing here.
 """
@@ -17,9 +17,7 @@ from flax import nnx
 
 from mtjax.models import functional
 from mtjax.models.attention import MASKED, attention_bias, attention_mask
-from mtjax.models.layers import Embed, Linear, RMSNorm, dropout, fan_in_truncated
-from mtjax.models.t5 import (
-    EncoderLayer,
+from mtjax.models.blocks import (
     attention_block,
     batch_context,
     cache_context,
@@ -31,4 +29,213 @@ from mtjax.models.t5 import (
     step_bias,
     take_rows,
 )
+from mtjax.models.layers import Embed, Linear, RMSNorm, dropout, fan_in_truncated
 from mtjax.types import Array, Context, Features, Model
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderOnlyConfig:
+    """The architecture. Without inputs_bidirectional_attention, inputs are attended to causally too."""
+
+    vocab_size: int
+    emb_dim: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    num_layers: int
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    dropout_rate: float = 0.0
+    logits_via_embedding: bool = False
+    inputs_bidirectional_attention: bool = True
+    dtype: str = "float32"  # of activations; parameters are float32
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    scan_layers: bool = False
+    remat_policy: str = "none"
+
+    def __post_init__(self) -> None:
+        check_config(self)
+
+
+def decoder_only(config: DecoderOnlyConfig) -> Model:
+    """Return the language model as pure functions of its parameters."""
+    return functional.functional(lambda key: DecoderOnly(config, key), config=config)
+
+
+class DecoderOnlyLayer(nnx.Module):
+    """Self-attention and feed-forward, each normalised before and added after."""
+
+    def __init__(self, config: DecoderOnlyConfig, key: Array) -> None:
+        attention_key, mlp_key = jax.random.split(key)
+        self.pre_self_attention_layer_norm = RMSNorm(config.emb_dim)
+        self.self_attention = attention_block(config, attention_key)
+        self.pre_mlp_layer_norm = RMSNorm(config.emb_dim)
+        self.mlp = mlp_block(config, mlp_key)
+        self.dropout_rate = config.dropout_rate
+
+    def __call__(self, x_BLD: Array, bias: Array, context: Context) -> tuple[Array, dict[str, Array]]:
+        """Return the layer's output and its auxiliary losses."""
+        drop = residual_dropout(self.dropout_rate, context)
+        y_BLD = self.pre_self_attention_layer_norm(x_BLD)
+        x_BLD = x_BLD + drop(self.self_attention(y_BLD, y_BLD, bias, context, context), 0)
+        y_BLD, aux = self.mlp(self.pre_mlp_layer_norm(x_BLD), context)
+        return x_BLD + drop(y_BLD, 1), aux
+
+    def prefill(self, x_BPD: Array, bias: Array, context: Context) -> tuple[Array, dict[str, Any]]:
+        """Run a whole prefix; returns also its keys and values."""
+        y_BPD = self.pre_self_attention_layer_norm(x_BPD)
+        prefix = self.self_attention.keys_values(y_BPD, context)
+        x_BPD = x_BPD + self.self_attention.attend(y_BPD, prefix, bias, context)
+        return x_BPD + self.mlp(self.pre_mlp_layer_norm(x_BPD), context)[0], {"prefix": prefix}
+
+    def decode(
+        self,
+        x_B1D: Array,
+        cache: dict[str, Any],
+        biases: tuple[Array, Array],
+        *,
+        step: Array,
+        context: Context,
+    ) -> tuple[Array, dict[str, Any]]:
+        """Run one position; the cache holds keys and values of the steps so far, and of the prefix."""
+        y_B1D = self.pre_self_attention_layer_norm(x_B1D)
+        prefix = (cache["prefix"], biases[1])
+        y_B1D, own = self.self_attention.decode(
+            y_B1D, cache["own"], biases[0], step=step, context=context, prefix=prefix
+        )
+        x_B1D = x_B1D + y_B1D
+        x_B1D = x_B1D + self.mlp(self.pre_mlp_layer_norm(x_B1D), context)[0]
+        return x_B1D, cache | {"own": own}
+
+
+class Decoder(nnx.Module):
+    """Embeddings, layers, their table of relative position biases, the last norm and untied logits."""
+
+    def __init__(self, config: DecoderOnlyConfig, key: Array) -> None:
+        embed_key, bias_key, layers_key, logits_key = jax.random.split(key, 4)
+        self.token_embedder = Embed(config.vocab_size, config.emb_dim, key=embed_key)
+        self.relpos_bias = relative_bias(config, bidirectional=False, key=bias_key)
+        functional.add_layers(
+            self,
+            lambda layer_key: DecoderOnlyLayer(config, layer_key),
+            key=layers_key,
+            num_layers=config.num_layers,
+            scan=config.scan_layers,
+        )
+        self.decoder_norm = RMSNorm(config.emb_dim)
+        if not config.logits_via_embedding:
+            self.logits_dense = Linear(fan_in_truncated(logits_key, (config.emb_dim, config.vocab_size)))
+
+    def relative(self, mask: Array) -> Array:
+        """Return the attention bias of whole sequences."""
+        return attention_bias(mask, self.relpos_bias(mask.shape[-2], mask.shape[-1]))
+
+
+class DecoderOnly(nnx.Module):
+    """The language model; see functional.functional for what its methods become."""
+
+    def __init__(self, config: DecoderOnlyConfig, key: Array) -> None:
+        self.decoder = Decoder(config, key)
+        self.config = config
+
+    def features(self, batch: Mapping[str, Array], key: Array | None) -> Features:
+        """Return the last hidden states for a batch of whole sequences."""
+        config, decoder = self.config, self.decoder
+        context = batch_context(batch, "decoder", key=key)
+        bidirectional = config.inputs_bidirectional_attention
+        mask = attention_mask(
+            keys_BS=batch["decoder_target_tokens"] > 0,
+            query_segments_BL=context.segment_ids,
+            key_segments_BS=context.segment_ids,
+            causal=True,
+            prefix_BS=batch.get("decoder_causal_attention") if bidirectional else None,
+        )
+        bias = decoder.relative(mask)
+        x_BLD = decoder.token_embedder(batch["decoder_input_tokens"], config.dtype)
+        x_BLD = dropout(x_BLD, config.dropout_rate, context=context, site=1000, broadcast_dim=-2)
+        x_BLD, aux = functional.run_layers(
+            decoder,
+            lambda layer, x, layer_context: layer(x, bias, layer_context),
+            x_BLD,
+            context,
+            num_layers=config.num_layers,
+            remat_policy=config.remat_policy,
+        )
+        x_BLD = decoder.decoder_norm(x_BLD)
+        x_BLD = dropout(x_BLD, config.dropout_rate, context=context, site=1001, broadcast_dim=-2)
+        return Features(x_BLD, aux)
+
+    def logits(self, hidden_BLD: Array) -> Array:
+        """Return float32 logits; tied ones are divided by sqrt(D)."""
+        if self.config.logits_via_embedding:
+            return self.decoder.token_embedder.attend(hidden_BLD)
+        return self.decoder.logits_dense(hidden_BLD.astype(jnp.float32), Context())
+
+    def encode(self, batch: Mapping[str, Array]) -> dict[str, Any]:
+        """Run the prefix, marked in decoder_causal_attention, of unpacked rows; keep its keys and values.
+
+        The last marked position is left to be decoded: its token is `first_B`, its index `length_B`.
+        """
+        if "decoder_causal_attention" not in batch:
+            raise ValueError(
+                "Decoding needs decoder_causal_attention in the batch: 1 at the inputs and at the position "
+                "after them, 0 elsewhere."
+            )
+        decoder, tokens_BP = self.decoder, batch["decoder_input_tokens"]
+        context = batch_context(batch, "decoder", key=None)
+        prefix_BP = batch["decoder_causal_attention"] != 0
+        mask = attention_mask(
+            keys_BS=prefix_BP,
+            causal=True,
+            prefix_BS=prefix_BP if self.config.inputs_bidirectional_attention else None,
+        )
+        bias = decoder.relative(mask)
+        _, layers = functional.decode_layers(
+            decoder,
+            lambda layer, x, _: layer.prefill(x, bias, context),
+            decoder.token_embedder(jnp.where(prefix_BP, tokens_BP, 0), self.config.dtype),
+            {},
+            num_layers=self.config.num_layers,
+        )
+        length_B = jnp.maximum(prefix_BP.sum(-1, dtype=jnp.int32) - 1, 0)
+        first_B = jnp.take_along_axis(tokens_BP, length_B[:, None], axis=1)[:, 0]
+        encoding = layers | {"length_B": length_B, "first_B": first_B}
+        if context.task_ids is not None:
+            encoding["task_ids"] = context.task_ids.max(axis=1, keepdims=True)  # padding has -1
+        return encoding
+
+    def start(self, encoding: Mapping[str, Any], max_length: int, num_beams: int) -> dict[str, Any]:
+        """Make a cache of B * num_beams rows; the prefix's keys and values stay B rows."""
+        first_B = jnp.repeat(encoding["first_B"], num_beams)
+        own = empty_cache(self.config, first_B.shape[0], max_length, num_layers=self.config.num_layers)
+        return dict(encoding) | {"first_B": first_B, "step": jnp.int32(0), "own": own}
+
+    def decode(self, cache: dict[str, Any], tokens_B: Array) -> tuple[Array, dict[str, Any]]:
+        """Run one position of every row; returns float32 logits [B, V] and the grown cache."""
+        decoder, step, length_B = self.decoder, cache["step"], cache["length_B"]
+        context = cache_context(cache, num_beams=tokens_B.shape[0] // length_B.shape[0])
+        prefix_length = jax.tree.leaves(cache["prefix"])[0].shape[-2]
+        max_length = jax.tree.leaves(cache["own"])[0].shape[-2]
+        # The prefix [B, H, 1, P]: a query at length + step sees keys before `length`.
+        values_HZ = decoder.relpos_bias.by_distance(-prefix_length - max_length, 1)
+        keys_P = jnp.arange(prefix_length)
+        distance_BP = keys_P - length_B[:, None] - step
+        bias_HBP = values_HZ[:, jnp.clip(distance_BP + prefix_length + max_length, 0)]
+        bias_HBP = jnp.where(keys_P < length_B[:, None], bias_HBP, MASKED)
+        biases = (
+            step_bias(decoder.relpos_bias, step, max_length=max_length),
+            jnp.moveaxis(bias_HBP, 0, 1)[:, :, None],
+        )
+        x_B1D, layers = functional.decode_layers(
+            decoder,
+            lambda layer, x, layer_cache: layer.decode(x, layer_cache, biases, step=step, context=context),
+            decoder.token_embedder(tokens_B[:, None], self.config.dtype),
+            {"own": cache["own"], "prefix": cache["prefix"]},
+            num_layers=self.config.num_layers,
+        )
+        logits_B1V = self.logits(decoder.decoder_norm(x_B1D))
+        return logits_B1V[:, 0], cache | {"step": step + 1, "own": layers["own"]}
+
+    def reorder(self, cache: dict[str, Any], rows_B: Array) -> dict[str, Any]:
+        """Pick rows of a cache. Beams of one source share its prefix, which stays in place."""
+        return cache | {"own": take_rows(cache["own"], rows_B, self.config)}

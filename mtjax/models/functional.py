@@ -156,7 +156,8 @@ def decode_layers(
 ) -> tuple[Array, dict[str, Any]]:
     """Run call(layer, x, layer's cache) -> (x, layer's cache) over all layers.
 
-    A cache is a dict of what each layer keeps: stacked on a leading dim where scanned, else a list.
+    A cache is a dict of what each layer keeps: stacked on a leading dim where scanned, else a list. It may
+    start empty.
     """
     if hasattr(owner, tree.STACK):
         return jax.lax.scan(
@@ -167,7 +168,7 @@ def decode_layers(
         layer_cache = {name: values[i] for name, values in cache.items()}
         x_BLD, layer_cache = call(getattr(owner, f"{tree.STACK}_{i}"), x_BLD, layer_cache)
         updated.append(layer_cache)
-    return x_BLD, {name: [layer_cache[name] for layer_cache in updated] for name in cache}
+    return x_BLD, {name: [layer_cache[name] for layer_cache in updated] for name in updated[0]}
 
 
 def map_layers(owner: nnx.Module, function: Callable[[Any], Any], *, num_layers: int) -> Any:

@@ -14,13 +14,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtjax import tree
 from mtjax.models import functional
-from mtjax.models.attention import MASKED, Attention, RelativePositionBias, attention_bias, attention_mask
-from mtjax.models.layers import Embed, Linear, MlpBlock, RMSNorm, dropout, fan_in_truncated
+from mtjax.models.attention import attention_bias, attention_mask
+from mtjax.models.blocks import (
+    attention_block,
+    batch_context,
+    cache_context,
+    check_config,
+    empty_cache,
+    mlp_block,
+    relative_bias,
+    residual_dropout,
+    step_bias,
+    take_rows,
+)
+from mtjax.models.layers import Embed, Linear, RMSNorm, dropout, fan_in_truncated
 from mtjax.types import Array, Context, Features, Model
-
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,46 +56,9 @@ class T5Config:
         check_config(self)
 
 
-def check_config(config: Any) -> None:
-    """Raise ValueError for sizes below 1, a dropout rate outside [0, 1) and unknown names."""
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.type == "int" and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{type(config).__name__}.{field.name} must be a positive int, got {value!r}.")
-    if not 0.0 <= config.dropout_rate < 1.0:
-        raise ValueError(f"dropout_rate must be in [0, 1), got {config.dropout_rate!r}.")
-    if config.dtype not in DTYPES:
-        raise tree.unknown_name("dtype", str(config.dtype), DTYPES)
-    if config.remat_policy not in functional.REMAT_POLICIES:
-        raise tree.unknown_name("remat policy", config.remat_policy, list(functional.REMAT_POLICIES))
-
-
 def t5(config: T5Config) -> Model:
     """Return the encoder-decoder as pure functions of its parameters."""
     return functional.functional(lambda key: T5(config, key), config=config)
-
-
-def _attention(config: Any, key: Array) -> Attention:
-    return Attention(
-        config.emb_dim, config.num_heads, config.head_dim, dropout_rate=config.dropout_rate, key=key
-    )
-
-
-def _mlp(config: Any, key: Array) -> MlpBlock:
-    return MlpBlock(
-        config.emb_dim, config.mlp_dim, config.mlp_activations, dropout_rate=config.dropout_rate, key=key
-    )
-
-
-def relative_bias(config: Any, *, bidirectional: bool, key: Array) -> RelativePositionBias:
-    """Make a stack's table of relative position biases."""
-    return RelativePositionBias(
-        config.num_heads,
-        num_buckets=config.relative_attention_num_buckets,
-        max_distance=config.relative_attention_max_distance,
-        bidirectional=bidirectional,
-        key=key,
-    )
 
 
 class EncoderLayer(nnx.Module):
@@ -95,14 +67,14 @@ class EncoderLayer(nnx.Module):
     def __init__(self, config: T5Config, key: Array) -> None:
         attention_key, mlp_key = jax.random.split(key)
         self.pre_attention_layer_norm = RMSNorm(config.emb_dim)
-        self.attention = _attention(config, attention_key)
+        self.attention = attention_block(config, attention_key)
         self.pre_mlp_layer_norm = RMSNorm(config.emb_dim)
-        self.mlp = _mlp(config, mlp_key)
+        self.mlp = mlp_block(config, mlp_key)
         self.dropout_rate = config.dropout_rate
 
     def __call__(self, x_BLD: Array, bias: Array, context: Context) -> tuple[Array, dict[str, Array]]:
         """Return the layer's output and its auxiliary losses."""
-        drop = _residual_dropout(self.dropout_rate, context)
+        drop = residual_dropout(self.dropout_rate, context)
         y_BLD = self.pre_attention_layer_norm(x_BLD)
         x_BLD = x_BLD + drop(self.attention(y_BLD, y_BLD, bias, context, context), 0)
         y_BLD, aux = self.mlp(self.pre_mlp_layer_norm(x_BLD), context)
@@ -115,11 +87,11 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: T5Config, key: Array) -> None:
         self_key, cross_key, mlp_key = jax.random.split(key, 3)
         self.pre_self_attention_layer_norm = RMSNorm(config.emb_dim)
-        self.self_attention = _attention(config, self_key)
+        self.self_attention = attention_block(config, self_key)
         self.pre_cross_attention_layer_norm = RMSNorm(config.emb_dim)
-        self.encoder_decoder_attention = _attention(config, cross_key)
+        self.encoder_decoder_attention = attention_block(config, cross_key)
         self.pre_mlp_layer_norm = RMSNorm(config.emb_dim)
-        self.mlp = _mlp(config, mlp_key)
+        self.mlp = mlp_block(config, mlp_key)
         self.dropout_rate = config.dropout_rate
 
     def __call__(
@@ -131,12 +103,12 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Array, dict[str, Array]]:
         """Return the layer's output and its auxiliary losses; biases and contexts: own, encoder's."""
         context, source_context = contexts
-        drop = _residual_dropout(self.dropout_rate, context)
+        drop = residual_dropout(self.dropout_rate, context)
         y_BLD = self.pre_self_attention_layer_norm(x_BLD)
         x_BLD = x_BLD + drop(self.self_attention(y_BLD, y_BLD, biases[0], context, context), 0)
         y_BLD = self.pre_cross_attention_layer_norm(x_BLD)
         y_BLD = self.encoder_decoder_attention(
-            y_BLD, encoded_BSD, biases[1], _site(context, 1), source_context
+            y_BLD, encoded_BSD, biases[1], _other_site(context, 1), source_context
         )
         x_BLD = x_BLD + drop(y_BLD, 1)
         y_BLD, aux = self.mlp(self.pre_mlp_layer_norm(x_BLD), context)
@@ -162,11 +134,7 @@ class DecoderLayer(nnx.Module):
         return x_B1D, cache | {"own": own}
 
 
-def _residual_dropout(rate: float, context: Context) -> Any:
-    return lambda x_BLD, site: dropout(x_BLD, rate, context=context, site=site, broadcast_dim=-2)
-
-
-def _site(context: Context, site: int) -> Context:
+def _other_site(context: Context, site: int) -> Context:
     """Give a second block of the same kind in a layer its own dropout key."""
     if context.key is None:
         return context
@@ -345,45 +313,6 @@ class T5(nnx.Module):
         return cache | {"own": take_rows(cache["own"], rows_B, self.config)}
 
 
-def batch_context(batch: Mapping[str, Array], side: str, *, key: Array | None) -> Context:
-    """Collect what layers get beside the activations of one side ('encoder' or 'decoder') of a batch."""
-    return Context(
-        task_ids=batch.get(f"{side}_task_ids"),
-        segment_ids=batch.get(f"{side}_segment_ids"),
-        positions=batch.get(f"{side}_positions"),
-        key=key,
-        train=key is not None,
-    )
-
-
 def add_aux(first: dict[str, Array], second: dict[str, Array]) -> dict[str, Array]:
     """Add auxiliary losses by name."""
     return first | {name: first.get(name, 0.0) + value for name, value in second.items()}
-
-
-def cache_context(cache: Mapping[str, Any], *, num_beams: int) -> Context:
-    """Build the context of one decoded position; a task id of each source holds for its beams."""
-    if "task_ids" not in cache:
-        return Context()
-    return Context(task_ids=jnp.repeat(cache["task_ids"], num_beams, axis=0))
-
-
-def empty_cache(config: Any, rows: int, max_length: int, *, num_layers: int) -> Any:
-    """Make zero keys and values [B, H, S, K] for every layer: stacked where layers are scanned, else a list."""
-    shape = (rows, config.num_heads, max_length, config.head_dim)
-    if config.scan_layers:
-        return tuple(jnp.zeros((num_layers, *shape), config.dtype) for _ in range(2))
-    return [tuple(jnp.zeros(shape, config.dtype) for _ in range(2)) for _ in range(num_layers)]
-
-
-def take_rows(cache: Any, rows_B: Array, config: Any) -> Any:
-    """Pick rows of keys and values made by empty_cache."""
-    dim = 1 if config.scan_layers else 0
-    return jax.tree.map(lambda leaf: jnp.take(leaf, rows_B, axis=dim), cache)
-
-
-def step_bias(table: RelativePositionBias, step: Array, *, max_length: int) -> Array:
-    """Return the bias [1, H, 1, S] of a causal query at position `step` to cached positions."""
-    values = table.by_distance(1 - max_length, max_length)  # [H, 2 S - 1], distance 0 at S - 1
-    row_HS = jax.lax.dynamic_slice_in_dim(values, max_length - 1 - step, max_length, axis=1)
-    return jnp.where(jnp.arange(max_length) > step, MASKED, row_HS)[None, :, None]

@@ -1,0 +1,101 @@
+"""What both architectures are built from: checked configs, pre-norm blocks, contexts, caches."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mtjax import tree
+from mtjax.models import functional
+from mtjax.models.attention import MASKED, Attention, RelativePositionBias
+from mtjax.models.layers import MlpBlock, dropout
+from mtjax.types import Array, Context
+
+DTYPES = ("float32", "bfloat16")
+
+
+def check_config(config: Any) -> None:
+    """Raise ValueError for sizes below 1, a dropout rate outside [0, 1) and unknown names."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type == "int" and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{type(config).__name__}.{field.name} must be a positive int, got {value!r}.")
+    if not 0.0 <= config.dropout_rate < 1.0:
+        raise ValueError(f"dropout_rate must be in [0, 1), got {config.dropout_rate!r}.")
+    if config.dtype not in DTYPES:
+        raise tree.unknown_name("dtype", str(config.dtype), DTYPES)
+    if config.remat_policy not in functional.REMAT_POLICIES:
+        raise tree.unknown_name("remat policy", config.remat_policy, list(functional.REMAT_POLICIES))
+
+
+def attention_block(config: Any, key: Array) -> Attention:
+    """Make an attention block of a config's sizes."""
+    return Attention(
+        config.emb_dim, config.num_heads, config.head_dim, dropout_rate=config.dropout_rate, key=key
+    )
+
+
+def mlp_block(config: Any, key: Array) -> MlpBlock:
+    """Make a feed-forward block of a config's sizes."""
+    return MlpBlock(
+        config.emb_dim, config.mlp_dim, config.mlp_activations, dropout_rate=config.dropout_rate, key=key
+    )
+
+
+def relative_bias(config: Any, *, bidirectional: bool, key: Array) -> RelativePositionBias:
+    """Make a stack's table of relative position biases."""
+    return RelativePositionBias(
+        config.num_heads,
+        num_buckets=config.relative_attention_num_buckets,
+        max_distance=config.relative_attention_max_distance,
+        bidirectional=bidirectional,
+        key=key,
+    )
+
+
+def residual_dropout(rate: float, context: Context) -> Callable[[Array, int], Array]:
+    """Return the dropout (x, site) of a block's output, one mask for all positions."""
+    return lambda x_BLD, site: dropout(x_BLD, rate, context=context, site=site, broadcast_dim=-2)
+
+
+def batch_context(batch: Mapping[str, Array], side: str, *, key: Array | None) -> Context:
+    """Collect what layers get beside the activations of one side ('encoder' or 'decoder') of a batch."""
+    return Context(
+        task_ids=batch.get(f"{side}_task_ids"),
+        segment_ids=batch.get(f"{side}_segment_ids"),
+        positions=batch.get(f"{side}_positions"),
+        key=key,
+        train=key is not None,
+    )
+
+
+def cache_context(cache: Mapping[str, Any], *, num_beams: int) -> Context:
+    """Build the context of one decoded position; a task id of each source holds for its beams."""
+    if "task_ids" not in cache:
+        return Context()
+    return Context(task_ids=jnp.repeat(cache["task_ids"], num_beams, axis=0))
+
+
+def empty_cache(config: Any, rows: int, max_length: int, *, num_layers: int) -> Any:
+    """Make zero keys and values [B, H, S, K] for every layer: stacked where layers are scanned, else a list."""
+    shape = (rows, config.num_heads, max_length, config.head_dim)
+    if config.scan_layers:
+        return tuple(jnp.zeros((num_layers, *shape), config.dtype) for _ in range(2))
+    return [tuple(jnp.zeros(shape, config.dtype) for _ in range(2)) for _ in range(num_layers)]
+
+
+def take_rows(cache: Any, rows_B: Array, config: Any) -> Any:
+    """Pick rows of keys and values made by empty_cache."""
+    dim = 1 if config.scan_layers else 0
+    return jax.tree.map(lambda leaf: jnp.take(leaf, rows_B, axis=dim), cache)
+
+
+def step_bias(table: RelativePositionBias, step: Array, *, max_length: int) -> Array:
+    """Return the bias [1, H, 1, S] of a causal query at position `step` to cached positions."""
+    values = table.by_distance(1 - max_length, max_length)  # [H, 2 S - 1], distance 0 at S - 1
+    row_HS = jax.lax.dynamic_slice_in_dim(values, max_length - 1 - step, max_length, axis=1)
+    return jnp.where(jnp.arange(max_length) > step, MASKED, row_HS)[None, :, None]
