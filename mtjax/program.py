@@ -185,7 +185,7 @@ def _micro_batches(forward, params: Params, batch: Batch, keys: Array, w_G: Arra
 
 def _denominator(config: loss_lib.LossConfig, total_tokens: Array) -> Array:
     """Return what losses are divided by: the global token count, or the recipe's constant."""
-    if config.normalizing_factor is None:
+    if config.normalizing_factor in (None, "tokens"):
         return jnp.maximum(total_tokens, 1.0)
     return jnp.float32(config.normalizing_factor)
 
