@@ -1,19 +1,26 @@
-"""Preprocessors that SeqIO leaves to others: T5's span corruption and text-to-text formatting."""
+"""Preprocessors that SeqIO leaves to others: self-supervised objectives and text-to-text formatting.
+
+The objectives stand behind seqio.CacheDatasetPlaceholder. The mtjax pipeline knows them by their names and
+runs mtjax.data.objectives on cached ids; under plain SeqIO the same numpy functions run here.
+"""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import seqio
 import tensorflow as tf
 
+from mtjax.data import objectives
+from mtjax.data.vocabulary import Vocabulary
 
-def rekey_text(dataset: tf.data.Dataset, *, field: str = "text") -> tf.data.Dataset:
-    """Make a text the targets, with empty inputs, as span corruption and language modelling expect it."""
-    return seqio.preprocessors.rekey(dataset, key_map={"inputs": None, "targets": field})
+Example = Mapping[str, tf.Tensor]
+UNKNOWN_LABEL = "<unk>"  # of unlabelled examples, as T5's
+
+
+# Objectives.
 
 
 def span_corruption(
@@ -24,39 +31,122 @@ def span_corruption(
     noise_density: float = 0.15,
     mean_noise_span_length: float = 3.0,
 ) -> tf.data.Dataset:
-    """Replace spans of the targets by sentinels in the inputs, and make them the targets (T5, Raffel et al. 2020).
+    """Replace spans of the targets by sentinels in the inputs; the spans become the targets (T5, section 3.1.4).
 
-    The mtjax pipeline knows this preprocessor by its name and runs mtjax.data.objectives on cached ids; under
-    plain SeqIO the same numpy function runs here, with SeqIO's seed for each example.
+    A text longer than the row gets a random chunk.
     """
-    vocabulary = output_features["targets"].vocabulary
-    corrupt = functools.partial(
-        _span_corruption,
-        length=sequence_length["inputs"],
-        vocabulary_size=vocabulary.vocab_size,
+    corrupt = objectives.span_corruption(
+        *_room_and_vocabulary(sequence_length, output_features),
         noise_density=noise_density,
         mean_noise_span_length=mean_noise_span_length,
     )
+    return _map_objective(corrupt, dataset)
+
+
+def prefix_lm(
+    dataset: tf.data.Dataset,
+    sequence_length: Mapping[str, int],
+    output_features: Mapping[str, seqio.Feature],
+) -> tf.data.Dataset:
+    """Split the targets at a uniform place: the inputs predict the rest (T5, section 3.2.1)."""
+    return _map_objective(
+        objectives.prefix_lm(*_room_and_vocabulary(sequence_length, output_features)), dataset
+    )
+
+
+def _room_and_vocabulary(
+    sequence_length: Mapping[str, int], output_features: Mapping[str, seqio.Feature]
+) -> tuple[objectives.Room, Vocabulary]:
+    """Return the lengths less EOS, and what the objectives need to know of the vocabulary."""
+    ends = {name: int(feature.add_eos) for name, feature in output_features.items()}
+    room = objectives.Room(
+        *(sequence_length[name] - ends.get(name, ends["targets"]) for name in ("inputs", "targets"))
+    )
+    encoder = output_features["targets"].vocabulary
+    vocabulary = Vocabulary(
+        kind=type(encoder).__name__,
+        size=encoder.vocab_size,
+        extra_ids=encoder.extra_ids,
+        fingerprint="",
+        encode=encoder.encode,
+        decode=encoder.decode,
+    )
+    return room, vocabulary
+
+
+def _map_objective(objective: objectives.Objective, dataset: tf.data.Dataset) -> tf.data.Dataset:
+    """Apply a numpy objective to each example's targets, seeded as SeqIO seeds its preprocessors."""
+
+    def run(ids: np.ndarray, seed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(seed.view(np.uint32).tolist())
+        inputs, targets = objective(ids, rng)
+        return inputs.astype(np.int32), targets.astype(np.int32)
 
     @seqio.map_over_dataset(num_seeds=1)
-    def corrupt_example(example, seed):
-        inputs, targets = tf.numpy_function(corrupt, [example["targets"], seed], [tf.int32, tf.int32])
-        inputs.set_shape([None])
-        targets.set_shape([None])
-        return {**example, "inputs": inputs, "targets": targets}
+    def transform(example: Example, seed: tf.Tensor) -> dict[str, tf.Tensor]:
+        inputs, targets = tf.numpy_function(run, [example["targets"], seed], [tf.int32, tf.int32])
+        return {
+            **example,
+            "inputs": tf.ensure_shape(inputs, [None]),
+            "targets": tf.ensure_shape(targets, [None]),
+        }
 
-    return corrupt_example(dataset)
+    return transform(dataset)
 
 
-def _span_corruption(
-    targets: np.ndarray, seed: np.ndarray, *, length: int, vocabulary_size: int, **noise: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Run the library's objective on one example; seed [2] int32."""
-    from mtjax.data import objectives
+def text_as_targets(dataset: tf.data.Dataset, *, field: str = "text") -> tf.data.Dataset:
+    """Make a text the targets and leave the inputs empty, as the objectives expect."""
+    return seqio.preprocessors.rekey(dataset, key_map={"inputs": None, "targets": field})
 
-    rng = np.random.default_rng([int(word) & 0xFFFFFFFF for word in seed])
-    example: dict[str, Any] = {"targets": targets}
-    example = objectives.span_corruption(
-        example, rng, length=length, vocabulary_size=vocabulary_size, **noise
-    )
-    return example["inputs"].astype(np.int32), example["targets"].astype(np.int32)
+
+# Text to text.
+
+
+def map_examples(
+    function: Callable[[Example], Mapping[str, Any]],
+) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+    """Return the preprocessor that maps `function` over examples."""
+
+    def preprocess(dataset: tf.data.Dataset) -> tf.data.Dataset:
+        return dataset.map(function, num_parallel_calls=tf.data.AUTOTUNE)
+
+    preprocess.__name__ = getattr(function, "__name__", "map_examples")
+    return preprocess
+
+
+def labelled(parts: Mapping[str, str], example: Example) -> list[Any]:
+    """Return 'name: value' words of an example, in order: {'sentence1': 'premise'} gives sentence1: <premise>."""
+    return [word for name, field in parts.items() for word in (f"{name}:", example[field])]
+
+
+def join(*parts: Any) -> tf.Tensor:
+    """Join words with spaces."""
+    return tf.strings.join(list(parts), separator=" ")
+
+
+def label_text(label: tf.Tensor, names: Sequence[str]) -> tf.Tensor:
+    """Name a class; a label of -1 (unlabelled) is UNKNOWN_LABEL."""
+    return tf.gather([*names, UNKNOWN_LABEL], tf.where(label < 0, len(names), tf.cast(label, tf.int32)))
+
+
+def classification(
+    prefix: str, parts: Mapping[str, str], labels: Sequence[str], *, label: str = "label"
+) -> Callable[[tf.data.Dataset], tf.data.Dataset]:
+    """Return the preprocessor '<prefix> name: value name: value' → name of the class.
+
+    `parts` maps the names to fields of the example, in order; `labels` are by class number.
+    """
+
+    def classify(example: Example) -> dict[str, tf.Tensor]:
+        return {
+            "inputs": join(prefix, *labelled(parts, example)),
+            "targets": label_text(example[label], labels),
+        }
+
+    return map_examples(classify)
+
+
+def pad_punctuation(text: tf.Tensor) -> tf.Tensor:
+    """Set every sign that is no letter, digit, mark, space or underscore apart, with single spaces between."""
+    text = tf.strings.regex_replace(text, r"([^_\s\p{L}\p{M}\p{N}])", r" \1 ")
+    return tf.strings.strip(tf.strings.regex_replace(text, r"\s+", " "))
