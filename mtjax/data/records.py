@@ -1,0 +1,212 @@
+"""Cached examples on disk: one ArrayRecord record holds an example's token ids, feature after feature.
+
+A record is one uint32 length per feature, then all ids in the feature order of metadata.json. Ids are
+uint16 where every vocabulary of the task fits, else int32.
+"""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import os
+import pathlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from array_record.python import array_record_module
+
+_GROUP_BYTES = 16_384  # one random read decodes one group
+_MAX_GROUP = 64
+_MAX_FILE_BYTES = 128 * 2**20
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"  # random access
+_MAX_OPEN_READERS = 128
+
+
+def token_dtype(vocabulary_sizes: Iterable[int]) -> str:
+    """Name the smallest stored integer type that holds every id."""
+    return "uint16" if max(vocabulary_sizes) <= 2**16 else "int32"
+
+
+def encode(features: Sequence[np.ndarray], dtype: str) -> bytes:
+    """Serialise one example, its features in order."""
+    lengths = np.array([len(ids) for ids in features], np.uint32)
+    return lengths.tobytes() + b"".join(np.asarray(ids).astype(dtype).tobytes() for ids in features)
+
+
+def decode(record: bytes, num_features: int, dtype: str) -> list[np.ndarray]:
+    """Return the ids of each feature, read-only views of `record`."""
+    if num_features == 1:
+        return [np.frombuffer(record, dtype, offset=4)]
+    lengths = np.frombuffer(record, np.uint32, num_features).tolist()
+    ids = np.frombuffer(record, dtype, offset=4 * num_features)
+    ends = list(itertools.accumulate(lengths))
+    return [ids[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+
+
+def write(records: Iterable[bytes], prefix: pathlib.Path) -> list[dict[str, Any]]:
+    """Write records to `<prefix>-SSSSS-of-NNNNN.array_record`, flushed to disk.
+
+    Returns a file's entry in metadata.json each: name, bytes, num_examples. Raises OSError where the disk
+    is full.
+    """
+    files: list[dict[str, Any]] = []
+    stream = iter(records)
+    for first in stream:
+        path = prefix.with_name(f"{prefix.name}.part{len(files)}")
+        files.append({"name": path, "num_examples": _write_file(path, itertools.chain([first], stream))})
+    for number, entry in enumerate(files):
+        path = prefix.with_name(f"{prefix.name}-{number:05d}-of-{len(files):05d}.array_record")
+        entry["name"].rename(path)
+        entry["name"], entry["bytes"] = path.name, path.stat().st_size
+    return files
+
+
+def _write_file(path: pathlib.Path, stream: Iterator[bytes]) -> int:
+    head = list(itertools.islice(stream, 256))
+    mean_bytes = sum(map(len, head)) / len(head)
+    group = int(min(max(_GROUP_BYTES // max(mean_bytes, 1), 1), _MAX_GROUP))
+    writer = array_record_module.ArrayRecordWriter(str(path), f"group_size:{group},uncompressed")
+    count = size = 0
+    for record in itertools.chain(head, stream):
+        writer.write(record)
+        count, size = count + 1, size + len(record)
+        if size >= _MAX_FILE_BYTES:
+            break
+    try:
+        writer.close()
+        fsync(path)
+        found = array_record_module.ArrayRecordReader(str(path)).num_records()
+    except RuntimeError as error:
+        raise OSError(f"Cannot write {str(path)!r}: {error}") from error
+    if found != count:
+        raise OSError(f"Wrote {count} records to {str(path)!r}, {found} are readable. Is the disk full?")
+    return count
+
+
+def fsync(path: pathlib.Path) -> None:
+    """Flush a file or a directory to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Readers:
+    """Open ArrayRecord readers, bounded: the least recently used one is closed first."""
+
+    def __init__(self, limit: int = _MAX_OPEN_READERS):
+        self._limit = limit
+        self._open: collections.OrderedDict[str, Any] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, path: pathlib.Path, index: int, *, num_examples: int) -> bytes:
+        """Read one record of a file that must hold num_examples."""
+        name = str(path)
+        with self._lock:
+            reader = self._open.get(name)
+            if reader is None:
+                reader = open_reader(path, num_examples)
+                self._open[name] = reader
+                if len(self._open) > self._limit:
+                    self._open.popitem(last=False)[1].close()
+            else:
+                self._open.move_to_end(name)
+            return reader.read([index])[0]
+
+    def close(self, path: pathlib.Path) -> None:
+        """Forget a file."""
+        with self._lock:
+            if reader := self._open.pop(str(path), None):
+                reader.close()
+
+
+def open_reader(path: pathlib.Path, num_examples: int) -> Any:
+    """Open an ArrayRecord file for random access; ValueError where it does not hold num_examples."""
+    reader = array_record_module.ArrayRecordReader(
+        str(path), options=_READER_OPTIONS, file_reader_buffer_size=4096
+    )
+    if (found := reader.num_records()) != num_examples:
+        raise ValueError(f"{str(path)!r} holds {found} records, metadata.json says {num_examples}.")
+    return reader
+
+
+_READERS = _Readers()
+
+
+class Source:
+    """Random access to the examples of one split; `source[i]` is {feature: int32 ids}."""
+
+    def __init__(
+        self,
+        task: str,
+        files: Sequence[tuple[pathlib.Path, int]],
+        *,
+        features: Sequence[str],
+        dtype: str,
+    ):
+        """Describe the split's files as (path, number of examples); nothing is opened yet."""
+        self.task = task
+        self.features = tuple(features)
+        self._dtype = dtype
+        self._files = tuple(files)
+        self._starts = [0, *itertools.accumulate(count for _, count in files)]
+        self._resident: list[list[bytes] | None] = [None] * len(files)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return {name: ids.astype(np.int32) for name, ids in zip(self.features, self.read(index), strict=True)}
+
+    def read(self, index: int) -> list[np.ndarray]:
+        """Return the stored ids of example `index`, in the order of `features` (read-only views)."""
+        number = 0
+        while index >= self._starts[number + 1]:
+            number += 1
+        local = index - self._starts[number]
+        records = self._resident[number]
+        record = self._read_file(number, local) if records is None else records[local]
+        return decode(record, len(self.features), self._dtype)
+
+    def load(self) -> None:
+        """Keep all records in memory from now on."""
+        for number, (path, count) in enumerate(self._files):
+            try:
+                reader = open_reader(path, count)
+                self._resident[number] = reader.read_all()
+                reader.close()
+            except (RuntimeError, ValueError, OSError) as error:
+                raise self._damaged(path, error) from error
+            _READERS.close(path)
+
+    def _read_file(self, number: int, local: int) -> bytes:
+        path, count = self._files[number]
+        try:
+            return _READERS.read(path, local, num_examples=count)
+        except (RuntimeError, ValueError, OSError) as error:
+            raise self._damaged(path, error) from error
+
+    def _damaged(self, path: pathlib.Path, error: Exception) -> ValueError:
+        return ValueError(
+            f"Task {self.task!r}: cannot read {str(path)!r}: {error} "
+            "The file is damaged; cache the task again with `mtjax cache --force`."
+        )
+
+
+def check_files(task: str, directory: pathlib.Path, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Compare a split's files with their entries in metadata.json.
+
+    A truncated ArrayRecord reports 0 records without an error, so sizes are compared before anything is read.
+    """
+    for entry in entries:
+        path = directory / entry["name"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != entry["bytes"]:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise ValueError(
+                f"Task {task!r}: {str(path)!r} {found}, metadata.json says {entry['bytes']} bytes. "
+                "Cache the task again with `mtjax cache --force`."
+            )
