@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 RECIPES = Path(__file__).resolve().parent.parent / "gin"  # the shipped recipes, in a wheel and in a checkout
@@ -102,6 +103,8 @@ def import_tasks(args: argparse.Namespace, modules: Sequence[str] = ()) -> None:
     ValueError where a module is not found; an error inside a module is the user's and passes through.
     """
     set_task_environment(args)
+    with _no_native_log():
+        import tensorflow  # noqa: F401
     sys.path.insert(0, "")  # a console script does not see the current folder, where users keep their tasks
     for name in dict.fromkeys([*modules, *args.module]):
         try:
@@ -125,6 +128,24 @@ def set_task_environment(args: argparse.Namespace) -> None:
     """Hand --vocabulary to task modules, which read it when they are imported, in worker processes too."""
     if args.vocabulary:
         os.environ["MTJAX_VOCABULARY"] = args.vocabulary
+
+
+@contextlib.contextmanager
+def _no_native_log() -> Iterator[None]:
+    """Drop what native code writes to file descriptor 2: TensorFlow reports missing GPUs before it reads any setting."""
+    if "--debug" in sys.argv:
+        yield
+        return
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def _comma_list(text: str) -> list[str]:

@@ -197,10 +197,11 @@ def _stages(
         with seqio.utils.map_seed_manager(42):
             dataset = task.source.get_dataset(split=split, shuffle=False)
             for step in task.preprocessors[:depth]:
-                if not isinstance(step, seqio.CacheDatasetPlaceholder):
-                    step = seqio.utils.add_kwargs_to_transform(
-                        step, sequence_length=lengths, output_features=task.output_features
-                    )
+                if isinstance(step, seqio.CacheDatasetPlaceholder):
+                    continue
+                step = seqio.utils.add_kwargs_to_transform(
+                    step, sequence_length=lengths, output_features=task.output_features
+                )
                 dataset = step(dataset)
         name = f"{depth}. {_step_name(task.preprocessors[depth - 1])}" if depth else "source"
         if depth and isinstance(task.preprocessors[depth - 1], seqio.CacheDatasetPlaceholder):
@@ -268,7 +269,7 @@ def _stats(args: argparse.Namespace) -> int:
     for name, length in lengths.items():
         columns += [f"{name} mean", "p95", "max", f"cut at {length}"]
     screen.console().print(
-        screen.table(f"{args.name}, {args.split}: token ids, of up to 1,000 examples", columns, rows)
+        screen.table(f"{args.name}, {args.split}: cached token ids, of up to 1,000 examples", columns, rows)
     )
     return 0
 

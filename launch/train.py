@@ -1,0 +1,250 @@
+"""`mtjax train`: configuration → cached mixture → train.fit; or, with --dry_run, what that would be."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mtjax.launch import flags
+
+EXAMPLES = """
+examples:
+  mtjax train --gin_file=runs/python_docs.gin --gin.MODEL_DIR=runs/first
+  mtjax train --gin_file=models/t5_1_1_small.gin --gin_file=runs/pretrain.gin --module=my_tasks \\
+      --gin.MIXTURE_OR_TASK_NAME=my_mixture --gin.TRAIN_STEPS=10000 --gin.MODEL_DIR=runs/mine
+  mtjax train --gin_file=runs/mine/config.gin                           resume (or just repeat the command)
+  mtjax train --gin_file=runs/mine/config.gin --gin.MODEL_DIR=runs/two  the same run again
+"""
+CONFIG = "config.gin"
+# What may change between the parts of one run; everything else makes it another run.
+FREE = (
+    ("MODEL_DIR", "TRAIN_STEPS", "LOG_PERIOD", "CHECKPOINT_PERIOD", "KEEP_CHECKPOINTS", "MESH", "CACHE_DIRS")
+    + ("EVAL_PERIOD", "EVAL_EXAMPLES", "USE_CACHED_TASKS", "VOCABULARY", "TFDS_DATA_DIR", "MODULES")
+    + ("MIXTURE_OR_TASK_MODULE", "train.fit.model_dir", "train.fit.train_steps", "train.fit.log_every")
+    + (
+        "train.fit.mesh",
+        "train.fit.profile_steps",
+        "pipeline.TrainData.cache_dirs",
+        "pipeline.TrainData.prefetch",
+    )
+)
+FREE_OF = ("train.Evaluation.", "train.Saving.", "prepare.mixture.")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `mtjax train`."""
+    parser.epilog = EXAMPLES
+    parser.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print parameters, sharding, bytes per device, batch and mixture, and exit",
+    )
+    flags.add_gin(parser)
+    flags.add_tasks(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, resume, or explain."""
+    from mtjax import train
+    from mtjax.launch import prepare
+
+    config = configure(args)
+    if args.dry_run:
+        return _dry_run(config)
+    check_model_dir(Path(config.arguments(train.fit, only=["model_dir"])["model_dir"]), config.text)
+    prepare.mixture(**config.arguments(prepare.mixture)) if config.is_bound(prepare.mixture) else None
+    arguments = config.arguments(train.fit)
+    _save(Path(arguments["model_dir"]), config.text)
+    _announce(arguments)
+    try:
+        train.fit(**arguments, config_text=config.text)
+    except train.NonFiniteError as error:
+        raise ValueError(str(error)) from error
+    return 0
+
+
+def configure(args: argparse.Namespace, *, defaults: Mapping[str, Any] | None = None) -> Any:
+    """Parse --gin_file and the bindings; other flags become macros, so that config.gin holds them."""
+    from mtjax import train
+    from mtjax.launch import config, prepare
+
+    bindings = list(args.gin_bindings)
+    if args.cache_dir or flags.additional_cache_dirs(args):
+        bindings.append(f"CACHE_DIRS={flags.cache_dirs(args)!r}")
+    if args.module:
+        bindings.append(f"MODULES={args.module!r}")
+    if args.vocabulary:
+        bindings.append(f"VOCABULARY={args.vocabulary!r}")
+    if args.tfds_data_dir:
+        bindings.append(f"TFDS_DATA_DIR={args.tfds_data_dir!r}")
+    if not args.gin_file:
+        raise ValueError(f"Give a --gin_file. Shipped: {', '.join(config.shipped_recipes())}.")
+    return config.parse(
+        args.gin_file,
+        bindings,
+        roots=[prepare.mixture, train.fit],
+        search_paths=[folder for folders in args.gin_search_paths for folder in folders],
+        defaults={"CACHE_DIRS": flags.cache_dirs(args), **(defaults or {})},
+    )
+
+
+def check_model_dir(model_dir: Path, text: str) -> None:
+    """Raise ValueError where model_dir holds something else than this run."""
+    from mtjax.launch import config
+
+    saved = model_dir / CONFIG
+    if not saved.is_file():
+        if model_dir.is_dir() and any(model_dir.iterdir()) and not (model_dir / "checkpoints").is_dir():
+            raise ValueError(f"MODEL_DIR {str(model_dir)!r} is not empty and holds no run; choose another.")
+        if model_dir.exists() and not model_dir.is_dir():
+            raise ValueError(f"MODEL_DIR {str(model_dir)!r} is a file.")
+        return
+    differing = [
+        f"  {name}: {old} -> {new}"
+        for name, (old, new) in config.differences(saved.read_text("utf-8"), text).items()
+        if old is not None and name not in FREE and not name.startswith(FREE_OF)
+    ]
+    if differing:
+        raise ValueError(
+            f"MODEL_DIR {str(model_dir)!r} holds another run, which differs in\n"
+            + "\n".join(differing)
+            + "\n"
+            f"Resume it with --gin_file={saved}, or choose another MODEL_DIR."
+        )
+
+
+def _save(model_dir: Path, text: str) -> None:
+    import jax
+
+    if jax.process_index() == 0:
+        model_dir.mkdir(parents=True, exist_ok=True)
+        partial = model_dir / f"{CONFIG}.partial"
+        partial.write_text(text, "utf-8")
+        partial.replace(model_dir / CONFIG)
+
+
+def _announce(arguments: Mapping[str, Any]) -> None:
+    import jax
+
+    from mtjax import tree
+    from mtjax.launch import screen
+
+    parameters = tree.num_parameters(jax.eval_shape(arguments["model"].init, jax.random.key(0)))
+    data, devices = arguments["data"], jax.devices()
+    lengths = ", ".join(f"{name} {length}" for name, length in data.lengths.items())
+    screen.console().print(
+        f"{parameters:,} parameters, {len(devices)} x {devices[0].device_kind}, mixture {data.mixture}, "
+        f"{data.batch_size} rows of {lengths} a step, to step {arguments['train_steps']} in {arguments['model_dir']}"
+    )
+
+
+# Dry run ---------------------------------------------------------------------------------------------------
+
+
+def program_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those arguments of train.fit that train.prepare takes."""
+    from mtjax import train
+
+    names = inspect.signature(train.prepare).parameters
+    return {name: value for name, value in arguments.items() if name in names}
+
+
+def _dry_run(config: Any) -> int:
+    from mtjax import train
+    from mtjax.data import cache
+    from mtjax.launch import screen
+
+    arguments = config.arguments(train.fit)
+    data = arguments["data"]
+    try:
+        mixture = cache.open_mixture(data.cache_dirs, data.mixture)
+        why_unknown = ""
+    except ValueError as error:
+        mixture, why_unknown = None, str(error)
+    tasks = None if mixture else train.TaskTable((data.mixture,), ("not cached",))
+    program = train.prepare(**program_arguments(arguments), tasks=tasks)
+    out = screen.console()
+    out.print(_parameter_table(program))
+    out.print(_memory_table(program))
+    out.print(_batch_table(program, data))
+    if mixture:
+        out.print(_mixture_table(mixture, data))
+    else:
+        print(f"The mixture is not cached, so its tasks and rates are not known yet: {why_unknown}")
+    return 0
+
+
+def _parameter_table(program: Any) -> Any:
+    import jax
+
+    from mtjax import tree
+    from mtjax.launch import screen
+
+    model = jax.eval_shape(program.merge, program.abstract)
+    shardings = tree.flatten(program.model_shardings)
+    blocks: dict[str, list[Any]] = {}
+    for path, leaf in tree.flatten(model).items():
+        block = blocks.setdefault("/".join(path.split("/")[:2]), [0, 0, set()])
+        block[0] += leaf.size
+        block[1] += leaf.size * leaf.dtype.itemsize
+        block[2].add(_spec(shardings[path].spec))
+    rows = [
+        (name, n, screen.size(size), ", ".join(sorted(specs))) for name, (n, size, specs) in blocks.items()
+    ]
+    rows.append(
+        ("total", sum(b[0] for b in blocks.values()), screen.size(sum(b[1] for b in blocks.values())), "")
+    )
+    return screen.table("parameters", ("block", "parameters", "size", "sharding"), rows)
+
+
+def _spec(spec: Any) -> str:
+    return (
+        "(" + ", ".join("-" if axis is None else str(axis) for axis in spec) + ")"
+        if any(spec)
+        else "replicated"
+    )
+
+
+def _memory_table(program: Any) -> Any:
+    from mtjax import sharding
+    from mtjax.launch import screen
+
+    shape = {axis: n for axis, n in program.mesh.shape.items() if n > 1} or "one device"
+    rows = [
+        (name, screen.size(sharding.bytes_per_device(part, getattr(program.shardings, name))))
+        for name, part in program.abstract._asdict().items()
+        if name in ("params", "frozen", "opt", "balance", "average") and part
+    ]
+    total = sharding.bytes_per_device(program.abstract, program.shardings)
+    rows.append(("state in all", screen.size(total)))
+    return screen.table(f"bytes per device, mesh {shape}", ("part of the state", "size"), rows)
+
+
+def _batch_table(program: Any, data: Any) -> Any:
+    from mtjax.launch import screen
+
+    rows_per_device = program.abstract and data.batch_size / _row_shards(program.mesh)
+    rows = [(name, data.batch_size, length, f"{rows_per_device:g}") for name, length in data.lengths.items()]
+    return screen.table("batch", ("feature", "rows", "length", "rows per device"), rows)
+
+
+def _row_shards(mesh: Any) -> int:
+    from mtjax import sharding
+
+    spec = sharding.batch_sharding(mesh).spec[0] or ()
+    axes = (spec,) if isinstance(spec, str) else spec
+    product = 1
+    for axis in axes:
+        product *= mesh.shape[axis]
+    return product
+
+
+def _mixture_table(mixture: Any, data: Any) -> Any:
+    from mtjax.launch import screen, tasks
+
+    shares = tasks.shares(mixture._replace(rates=data.rates or mixture.rates))
+    rows = [(task.name, task.family, task.num_examples("train"), shares[task.name]) for task in mixture.tasks]
+    return screen.table(f"mixture {mixture.name}", ("task", "family", "examples", "share of examples"), rows)
