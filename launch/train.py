@@ -20,17 +20,13 @@ examples:
 """
 CONFIG = "config.gin"
 # What may change between the parts of one run; everything else makes it another run.
-FREE = (
-    ("MODEL_DIR", "TRAIN_STEPS", "LOG_PERIOD", "CHECKPOINT_PERIOD", "KEEP_CHECKPOINTS", "MESH", "CACHE_DIRS")
-    + ("EVAL_PERIOD", "EVAL_EXAMPLES", "USE_CACHED_TASKS", "VOCABULARY", "TFDS_DATA_DIR", "MODULES")
-    + ("MIXTURE_OR_TASK_MODULE", "train.fit.model_dir", "train.fit.train_steps", "train.fit.log_every")
-    + (
-        "train.fit.mesh",
-        "train.fit.profile_steps",
-        "pipeline.TrainData.cache_dirs",
-        "pipeline.TrainData.prefetch",
-    )
-)
+_FREE = """
+    MODEL_DIR TRAIN_STEPS LOG_PERIOD EVAL_PERIOD EVAL_EXAMPLES CHECKPOINT_PERIOD KEEP_CHECKPOINTS MESH CACHE_DIRS
+    USE_CACHED_TASKS VOCABULARY TFDS_DATA_DIR MODULES MIXTURE_OR_TASK_MODULE train.fit.model_dir
+    train.fit.train_steps train.fit.log_every train.fit.mesh train.fit.profile_steps
+    pipeline.TrainData.cache_dirs pipeline.TrainData.prefetch
+"""
+FREE = frozenset(_FREE.split())
 FREE_OF = ("train.Evaluation.", "train.Saving.", "prepare.mixture.")
 
 
