@@ -18,9 +18,10 @@ import numpy as np
 
 from mtjax import tree
 
-FIELDS = ("references", "choices", "source", "group")
+FIELDS = ("references", "choices", "source", "group", "label")
 """Fields of an example, beside its target, that some metric reads: all accepted answers; the options of this
-example; the text to rewrite, without a prompt (sari); what a question's examples share (group_exact_match)."""
+example; the text to rewrite, without a prompt (sari); what a question's examples share (group_exact_match);
+whether the target is the right one, True or False (referent_accuracy)."""
 
 Fields = Mapping[str, Sequence[Any]]  # a list per field, aligned with the targets
 SENTINEL = re.compile(r"<extra_id_\d+>")
@@ -235,6 +236,40 @@ def _group_statistics(targets, predictions, fields):
     return rows
 
 
+_DETERMINERS = frozenset(
+    (
+        "a",
+        "an",
+        "the",
+        "this",
+        "that",
+        "these",
+        "those",
+        "some",
+        "my",
+        "our",
+        "your",
+        "his",
+        "her",
+        "its",
+        "their",
+    )
+)
+
+
+def _names_same(target: str, prediction: str) -> bool:
+    """Tell whether the words of one noun phrase, determiners aside, are among those of the other."""
+    want, have = (set(normalise_answer(text).split()) - _DETERMINERS for text in (target, prediction))
+    return bool(want and have) and (want <= have or have <= want)
+
+
+def _referent_statistics(targets, predictions, fields):
+    """Return [whether 'the prediction names the target' is as `label` says, 1] (WSC, T5 section 2.4)."""
+    labels = fields.get("label") or ["True"] * len(targets)
+    pairs = zip(targets, predictions, labels, strict=True)
+    return [(_names_same(t, p) == (normalise(str(label)) == "true"), 1.0) for t, p, label in pairs]
+
+
 # Correlations.
 
 
@@ -437,6 +472,9 @@ METRICS: dict[str, Metric] = {
     ),
     "group_exact_match": Metric(
         _group_statistics, lambda total: {"group_exact_match": 100 * float(total[0] / max(total[1], 1))}
+    ),
+    "referent_accuracy": Metric(
+        _referent_statistics, lambda total: {"referent_accuracy": 100 * float(total[0] / total[1])}
     ),
     "matthews_corrcoef": Metric(_matthews_statistics, _matthews),
     "pearson_corrcoef": Metric(_pearson_statistics, lambda total: {"pearson_corrcoef": _correlation(total)}),

@@ -1,0 +1,30 @@
+"""Sources that SeqIO lacks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import seqio
+import tensorflow as tf
+
+
+def tfds_with_split(
+    name: str, splits: Mapping[str, str], num_input_examples: Mapping[str, int]
+) -> seqio.FunctionDataSource:
+    """Return a TFDS source whose examples also tell their split, as the string `split`.
+
+    For datasets that train on other examples than they are evaluated on. `splits` maps our names to those of
+    TFDS. `num_input_examples` counts what the preprocessors leave, since mixture rates read it.
+    """
+    loader = seqio.LazyTfdsLoader(name, split_map=splits)
+    return seqio.FunctionDataSource(
+        functools.partial(_load, loader), splits=tuple(splits), num_input_examples=num_input_examples
+    )
+
+
+def _load(
+    loader: seqio.LazyTfdsLoader, split: str, shuffle_files: bool, seed: int | None = None
+) -> tf.data.Dataset:
+    dataset = loader.load(split, shuffle_files, seed=seed)
+    return dataset.map(lambda example: {**example, "split": split})
