@@ -84,11 +84,13 @@ def parse(
     roots: Sequence[Callable[..., Any]],
     search_paths: Sequence[str] = (),
     defaults: Mapping[str, Any] | None = None,
+    paths: Sequence[str] = (),
 ) -> Config:
     """Parse files and then bindings (NAME=VALUE); later ones win.
 
-    `defaults` fills macros that are still %gin.REQUIRED. Raises ValueError, naming file and line, on syntax,
-    on unknown names, on what no root uses, and on what is required but not set.
+    `defaults` fills macros that are still %gin.REQUIRED; relative paths in the macros `paths` become
+    absolute, so that the saved text means the same from any folder. Raises ValueError, naming file and line,
+    on syntax, on unknown names, on what no root uses, and on what is required but not set.
     """
     if not gin_files and not bindings:
         raise ValueError(f"Give a --gin_file. Shipped: {', '.join(shipped_recipes())}.")
@@ -103,9 +105,13 @@ def parse(
         if _is_required(_current(history).get((name, "gin.macro", "value")))
     ]
     current = _current(history)
+    for key in [(name, "gin.macro", "value") for name in paths]:
+        if isinstance(current.get(key), str) and "://" not in current[key]:
+            current[key] = os.path.abspath(current[key])
     for (scope, selector, parameter), value in current.items():
         gin._CONFIG.setdefault((scope, selector), {})[parameter] = value
-    selectors = [found.selector for root in roots if (found := gin._inverse_lookup(root)) is not None]
+    registered = [found.selector for root in roots if (found := gin._inverse_lookup(root)) is not None]
+    selectors = [selector for selector in registered if any(key[1] == selector for key in current)]
     if not selectors:
         raise ValueError(
             f"The configuration binds nothing of {' or '.join(_name(root) for root in roots)}; "
@@ -369,8 +375,8 @@ def _check_set(used: _Used, current: Mapping[Key, Any]) -> None:
             near = difflib.get_close_matches(scope, [key[0] for key in current if key[1] == "gin.macro"])
             hint = f" Did you mean %{near[0]}?" if near else ""
             lines.append(f"{by} is %{scope}, but {scope} is never set.{hint} Set it with --gin.{scope}=...")
-    for key in used.keys:
-        if _is_required(current[key]):
+    for key in current:
+        if key in used.keys and _is_required(current[key]):
             lines.append(f"{_key_name(key)} is required: set it with --gin.{_key_name(key)}=...")
     for (scope, selector), by in used.called.items():
         configurable = gin._REGISTRY[selector]

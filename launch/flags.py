@@ -89,7 +89,7 @@ def add_model_dir(parser: argparse.ArgumentParser) -> None:
 def cache_dirs(args: argparse.Namespace) -> list[str]:
     """Return the cache folders in the order of search; the first is the one written to."""
     first = args.cache_dir or os.environ.get("MTJAX_CACHE") or str(Path.home() / ".cache" / "mtjax")
-    return [first, *additional_cache_dirs(args)]
+    return [_absolute(folder) for folder in (first, *additional_cache_dirs(args))]
 
 
 def additional_cache_dirs(args: argparse.Namespace) -> list[str]:
@@ -124,10 +124,20 @@ def import_tasks(args: argparse.Namespace, modules: Sequence[str] = ()) -> None:
         seqio.add_global_cache_dirs(additional_cache_dirs(args))
 
 
+def vocabulary(args: argparse.Namespace) -> str | None:
+    """Return --vocabulary, its path absolute."""
+    given = args.vocabulary
+    return given if not given or given.partition(":")[0] == "byte" else _absolute(given)
+
+
 def set_task_environment(args: argparse.Namespace) -> None:
     """Hand --vocabulary to task modules, which read it when they are imported, in worker processes too."""
     if args.vocabulary:
-        os.environ["MTJAX_VOCABULARY"] = args.vocabulary
+        os.environ["MTJAX_VOCABULARY"] = vocabulary(args)
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else os.path.abspath(path)
 
 
 @contextlib.contextmanager

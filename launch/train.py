@@ -73,7 +73,7 @@ def configure(args: argparse.Namespace, *, defaults: Mapping[str, Any] | None = 
     if args.module:
         bindings.append(f"MODULES={args.module!r}")
     if args.vocabulary:
-        bindings.append(f"VOCABULARY={args.vocabulary!r}")
+        bindings.append(f"VOCABULARY={flags.vocabulary(args)!r}")
     if args.tfds_data_dir:
         bindings.append(f"TFDS_DATA_DIR={args.tfds_data_dir!r}")
     if not args.gin_file:
@@ -84,6 +84,7 @@ def configure(args: argparse.Namespace, *, defaults: Mapping[str, Any] | None = 
         roots=[prepare.mixture, train.fit],
         search_paths=[folder for folders in args.gin_search_paths for folder in folders],
         defaults={"CACHE_DIRS": flags.cache_dirs(args), **(defaults or {})},
+        paths=["MODEL_DIR", "INITIAL_CHECKPOINT_PATH"],
     )
 
 
