@@ -118,8 +118,11 @@ def parse(
             "include a recipe such as runs/pretrain.gin."
         )
     used = _walk(selectors, {key: [value] for key, value in current.items()})
-    _check_used(history, used=used, selectors=selectors)
-    _check_set(used, current)
+    # A missing component leaves the bindings of what it would call idle, so it is told first and alone.
+    problems = _missing_arguments(used, current)
+    problems = problems or [*_unused(history, used=used, selectors=selectors), *_unset(used, current)]
+    if problems:
+        raise ValueError("\n".join(problems))
     return Config(text=_text(used, current), roots=tuple(roots))
 
 
@@ -339,11 +342,12 @@ def _walk(selectors: Sequence[str], values: Mapping[Key, Sequence[Any]]) -> _Use
     return used
 
 
-def _check_used(history: Sequence[Binding], *, used: _Used, selectors: Sequence[str]) -> None:
-    """Raise ValueError on bindings that no root uses.
+def _unused(history: Sequence[Binding], *, used: _Used, selectors: Sequence[str]) -> list[str]:
+    """List the bindings that no root uses.
 
-    A recipe's binding may go idle because a later one replaced the component it belongs to; it is an error
-    only if nothing would have used it before either. One on the command line must be used.
+    A file's binding may go idle because a later one replaced the component it belongs to; it is an error
+    only if nothing would have used it before either. One on the command line must be used. Shipped recipes
+    may offer more than a user's own model takes (their tests parse them strictly).
     """
     values: dict[Key, list[Any]] = {}
     for binding in history:
@@ -352,6 +356,8 @@ def _check_used(history: Sequence[Binding], *, used: _Used, selectors: Sequence[
     lines = []
     for binding in history:
         if binding.key in (used if binding.where == COMMAND_LINE else ever).keys:
+            continue
+        if binding.where.startswith(f"{RECIPES}{os.sep}"):
             continue
         name = _key_name(binding.key)
         macros = [key[0] for key in ever.keys if key[1] == "gin.macro"]
@@ -363,12 +369,11 @@ def _check_used(history: Sequence[Binding], *, used: _Used, selectors: Sequence[
         elif not near:
             hint = f" Nothing in this configuration calls {name.rpartition('.')[0]}."
         lines.append(f"{binding.where}: nothing uses {name}.{hint}")
-    if lines:
-        raise ValueError("\n".join(lines))
+    return lines
 
 
-def _check_set(used: _Used, current: Mapping[Key, Any]) -> None:
-    """Raise ValueError on macros without a value, %gin.REQUIRED, and missing arguments."""
+def _unset(used: _Used, current: Mapping[Key, Any]) -> list[str]:
+    """List the macros in use without a value, and those still %gin.REQUIRED."""
     lines = []
     for (scope, selector), by in used.called.items():
         if selector == "gin.macro" and (scope, selector, "value") not in current:
@@ -378,20 +383,27 @@ def _check_set(used: _Used, current: Mapping[Key, Any]) -> None:
     for key in current:
         if key in used.keys and _is_required(current[key]):
             lines.append(f"{_key_name(key)} is required: set it with --gin.{_key_name(key)}=...")
+    return lines
+
+
+def _missing_arguments(used: _Used, current: Mapping[Key, Any]) -> list[str]:
+    """List the arguments without default or binding of everything that is called."""
+    lines = []
     for (scope, selector), by in used.called.items():
-        configurable = gin._REGISTRY[selector]
-        if selector.startswith("gin.") or not by:
+        if selector.startswith("gin."):
             continue
         bound = {
             key[2]
             for key in current
             if key[1] == selector and (not key[0] or f"{scope}/".startswith(f"{key[0]}/"))
         }
-        missing = [name for name in _parameters(configurable, required=True) if name not in bound]
-        short = _short(selector)
-        lines += [f"{short}.{name} is not set (called by {by}): bind {short}.{name}." for name in missing]
-    if lines:
-        raise ValueError("\n".join(lines))
+        needed = _parameters(gin._REGISTRY[selector], required=True)
+        lines += [
+            f"{_short(selector)}.{name} is not set (called by {by}): bind it, or give a recipe that does."
+            for name in needed
+            if name not in bound
+        ]
+    return lines
 
 
 def _parameters(configurable: gin.Configurable, *, required: bool = False) -> list[str]:
