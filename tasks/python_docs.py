@@ -19,7 +19,6 @@ import ast
 import collections
 import functools
 import hashlib
-import sys
 import textwrap
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -388,14 +387,9 @@ PREFIX = "python_docs_"
 MIXTURE = "python_docs"
 
 
-def _dataset(
-    task: str, version: str, split: str, shuffle_files: bool, seed: int | None = None
-) -> tf.data.Dataset:
-    """Return a split of a task as SeqIO's source: strings inputs and targets.
-
-    `version` is of the Python that runs: among the arguments, it makes the cache of another one stale.
-    """
-    del version, shuffle_files, seed
+def _dataset(task: str, split: str, shuffle_files: bool, seed: int | None = None) -> tf.data.Dataset:
+    """Return a split of a task as SeqIO's source: strings inputs and targets."""
+    del shuffle_files, seed
     prompt = TASKS[task].prompt
     rows = examples(task)[split]
     return tf.data.Dataset.from_tensor_slices(
@@ -415,9 +409,7 @@ def register(vocabulary: seqio.Vocabulary | None = None, *, suffix: str = "") ->
     for name, definition in TASKS.items():
         task = registration.add_task(
             f"{PREFIX}{name}{suffix}",
-            source=seqio.FunctionDataSource(
-                functools.partial(_dataset, name, sys.version), splits=tuple(MAX_EXAMPLES)
-            ),
+            source=seqio.FunctionDataSource(functools.partial(_dataset, name), splits=tuple(MAX_EXAMPLES)),
             online=(preprocessors.span_corruption,) if name == "span_corruption" else (),
             metrics=definition.metrics,
             family=definition.family,

@@ -10,6 +10,7 @@ from mtjax import metrics
 from mtjax.tasks import c4, cnn_dailymail, glue, squad, superglue, wmt  # noqa: F401
 from mtjax.tasks.info import info
 
+TOUCHED_BY_IMPORT = set(seqio.LazyTfdsLoader._MEMOIZED_BUILDERS)
 LENGTHS = {"inputs": 256, "targets": 64}
 GLUE = ["cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"]
 SUPERGLUE = ["boolq", "cb", "copa", "multirc", "record", "rte", "wic", "wsc"]
@@ -238,3 +239,7 @@ def test_mixtures_hold_the_benchmarks():
     assert len(seqio.MixtureRegistry.get("glue").tasks) == 8
     assert len(seqio.MixtureRegistry.get("superglue").tasks) == 8
     assert len(seqio.MixtureRegistry.get("wmt").tasks) == 3
+
+
+def test_importing_the_tasks_touches_no_dataset():
+    assert not TOUCHED_BY_IMPORT
