@@ -1,0 +1,401 @@
+"""Checkpoints: one holds everything a run needs to go on, in <model_dir>/checkpoints/<step>.
+
+Orbax's CheckpointManager writes them: into a temporary folder, renamed when complete, so a checkpoint that
+has a number for a name is whole. Every array's sum is stored beside it and compared when it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+import zlib
+from collections.abc import Container, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from mtjax import tree
+from mtjax.types import Array, Params, PyTree
+
+FOLDER = "checkpoints"
+_TEMPORARY = ".orbax-checkpoint-tmp"
+# orbax is imported in functions: its import takes as long as jax's, and most commands read no checkpoint.
+
+
+# --- Leaves -----------------------------------------------------------------------------------------------
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _plain(leaf: Any) -> Any:
+    """Return the array that stands for a leaf on disk: a random key's words, anything else itself."""
+    return jax.random.key_data(leaf) if _is_key(leaf) else leaf
+
+
+def _plain_abstract(leaf: Any, saved: Any = None) -> jax.ShapeDtypeStruct:
+    """Return what to read for a leaf: its shape, its dtype or that of what was saved, its sharding."""
+    plain = jax.eval_shape(_plain, leaf)
+    where = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(plain.shape, (saved or plain).dtype, sharding=where)
+
+
+def _like(leaf: Any, array: Array) -> Array:
+    """Return an array read from disk as what `leaf` is."""
+    if not _is_key(leaf):
+        return array
+    found: list[Any] = []
+    jax.eval_shape(lambda key: (found.append(jax.random.key_impl(key)), key)[1], leaf)
+    return jax.random.wrap_key_data(array, impl=found[0])
+
+
+@jax.jit
+def _device_sum(x: Array) -> Array:
+    """Add up the bits of an array as unsigned words, modulo 2^32."""
+    words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")
+    return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def _bit_sum(x: Any) -> int:
+    """Add up an array's bits modulo 2^32: no flipped bit leaves it alone, no sharding changes it."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable and x.devices().pop().platform == "cpu"):
+        return int(_device_sum(x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x))
+    shards = [s.data for s in x.addressable_shards if s.replica_id == 0] if isinstance(x, jax.Array) else [x]
+    total = 0
+    for shard in shards:
+        flat = np.ascontiguousarray(shard).reshape(-1)
+        total += int(flat.view(f"uint{8 * min(flat.dtype.itemsize, 4)}").sum(dtype=np.uint64))
+    return total % 2**32
+
+
+def _text_sum(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+# --- Folders ----------------------------------------------------------------------------------------------
+
+
+def checkpoint_steps(model_dir: Any) -> list[int]:
+    """Return the steps of the complete checkpoints of a model directory, ascending; [] where it has none."""
+    folder = epath.Path(model_dir) / FOLDER
+    if not folder.exists():
+        return []
+    return sorted(int(child.name) for child in folder.iterdir() if child.name.isdigit() and _is_whole(child))
+
+
+def _is_whole(folder: epath.Path) -> bool:
+    """Tell whether a checkpoint was written to its end; without renames, on GCS, a file says so."""
+    return not str(folder).startswith("gs://") or (folder / "commit_success.txt").exists()
+
+
+def _steps_message(steps: list[int]) -> str:
+    return f"Its checkpoints: {', '.join(map(str, steps[-10:]))}." if steps else "It has no checkpoint yet."
+
+
+def find(path: Any) -> epath.Path:
+    """Return the folder of the one checkpoint that a path means.
+
+    The path is a model directory (its latest checkpoint), <model_dir>/checkpoints, or one checkpoint:
+    <model_dir>/checkpoints/<step>, or T5X's spelling <model_dir>/checkpoint_<step>. Raises ValueError where
+    there is none.
+    """
+    path = epath.Path(str(path).rstrip("/"))
+    if path.name.isdigit() and path.parent.name == FOLDER:
+        model_dir, step = path.parent.parent, int(path.name)
+    elif path.name.startswith("checkpoint_") and path.name[11:].isdigit() and not path.exists():
+        model_dir, step = path.parent, int(path.name[11:])
+    else:
+        model_dir, step = (path.parent if path.name == FOLDER else path), None
+    steps = checkpoint_steps(model_dir)
+    if not steps:
+        raise ValueError(
+            f"{str(path)!r} holds no checkpoint. Give a model directory, or one of its checkpoints/<step>."
+        )
+    if step is not None and step not in steps:
+        raise ValueError(f"{str(model_dir)!r} has no checkpoint of step {step}. {_steps_message(steps)}")
+    return model_dir / FOLDER / str(steps[-1] if step is None else step)
+
+
+def wait_for_new_checkpoint(
+    model_dir: Any, seen: Container[int], *, timeout: float, poll: float = 5.0
+) -> int | None:
+    """Return the first step that is not in `seen`, waiting up to `timeout` seconds for it; else None."""
+    end = time.monotonic() + timeout
+    while True:
+        if new := [step for step in checkpoint_steps(model_dir) if step not in seen]:
+            return new[0]
+        if (left := end - time.monotonic()) <= 0:
+            return None
+        time.sleep(min(poll, left))
+
+
+# --- Reading ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _reading(folder: epath.Path) -> Iterator[None]:
+    """Turn whatever goes wrong below into a ValueError that names the checkpoint."""
+    try:
+        yield
+    except Exception as error:  # tensorstore and orbax raise many kinds
+        steps = [step for step in checkpoint_steps(folder.parent.parent) if str(step) != folder.name]
+        others = f"Other checkpoints beside it: {steps[-10:]}." if steps else "There is no other beside it."
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} is damaged or incomplete: {type(error).__name__}: "
+            f"{str(error)[:500]}\n{others} Delete this folder to go on from an earlier one."
+        ) from error
+
+
+def _read_json(folder: epath.Path, item: str) -> dict[str, Any]:
+    with _reading(folder):
+        return json.loads((folder / item / "metadata").read_text())
+
+
+def _read_checked_json(folder: epath.Path, item: str, sums: Mapping[str, Any]) -> dict[str, Any]:
+    value = _read_json(folder, item)
+    with _reading(folder):
+        if _text_sum(value) != sums[item]:
+            raise OSError(f"{item}/metadata has other contents than were written")
+    return value
+
+
+def read_meta(path: Any) -> dict[str, Any]:
+    """Return the `meta` that was saved with the checkpoint at `path` (see `find`)."""
+    folder = find(path)
+    return _read_checked_json(folder, "meta", _read_json(folder, "sums"))
+
+
+def _saved(folder: epath.Path) -> dict[str, Any]:
+    """Return {path: shape and dtype} of every array of a checkpoint; reads no array."""
+    import orbax.checkpoint as ocp
+
+    with _reading(folder), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        metadata = tree.flatten(reader.metadata(folder / "state").tree)
+        return {path: jax.ShapeDtypeStruct(m.shape, m.dtype) for path, m in metadata.items()}
+
+
+def _read(folder: epath.Path, leaves: Mapping[str, Any]) -> dict[str, Array]:
+    """Read only these arrays of a checkpoint, straight into their shardings, and check their sums."""
+    import orbax.checkpoint as ocp
+
+    item = tree.unflatten(leaves)
+    sums = _read_json(folder, "sums")
+    with _reading(folder), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        arguments = ocp.args.PyTreeRestore(
+            item=item,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+            partial_restore=True,
+        )
+        arrays = tree.flatten(reader.restore(folder / "state", args=arguments))
+        if wrong := [path for path, x in arrays.items() if _bit_sum(x) != sums["state"][path]]:
+            raise OSError(f"other bits than were written in {wrong[:5]} ({len(wrong)} arrays)")
+    return arrays
+
+
+def _check_same(
+    folder: epath.Path, expected: Mapping[str, Any], found: Mapping[str, Any], *, what: str
+) -> None:
+    lines = tree.difference(tree.unflatten(expected), tree.unflatten(found))
+    if lines:
+        shown = "\n  ".join(lines[:40]) + (f"\n  ... {len(lines) - 40} more" if len(lines) > 40 else "")
+        raise ValueError(
+            f"The checkpoint {str(folder)!r} does not fit the {what}: {len(lines)} differences.\n  {shown}\n"
+            "Use the configuration that it was trained with."
+        )
+
+
+def restore_parameters(path: Any, abstract_params: Params) -> Params:
+    """Read a model's parameters, and nothing else, from a checkpoint of mtjax.
+
+    `path` is as in `find`; leaves of abstract_params are ShapeDtypeStructs, with the sharding to read into
+    (else the first device) and the dtype to cast to. Where the run kept an average of its parameters, the
+    average is read. Raises ValueError listing what is missing, extra or misshapen before any array is read.
+    """
+    folder = find(path)
+    saved = _saved(folder)
+    trained = "average/" if any(name.startswith("average/") for name in saved) else "params/"
+    places = {name.split("/", 1)[1]: name for name in saved if name.startswith((trained, "frozen/"))}
+    wanted = tree.flatten(abstract_params)
+    _check_same(folder, wanted, {name: saved[place] for name, place in places.items()}, what="model")
+    arrays = _read(
+        folder, {places[name]: _plain_abstract(leaf, saved[places[name]]) for name, leaf in wanted.items()}
+    )
+    leaves = [arrays[places[name]].astype(leaf.dtype) for name, leaf in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves)
+
+
+# --- Writing ----------------------------------------------------------------------------------------------
+
+
+class Checkpointer:
+    """Save and restore the checkpoints of one model directory.
+
+    Kept are the last `keep_last`, every step that `keep_every` divides, and the `keep_best` best by
+    `best_metric` ('min' or 'max'). With `asynchronous`, `save` returns when the arrays are copied to the
+    host, and a failure is raised by the next `save`, `wait` or `close`.
+    """
+
+    def __init__(
+        self,
+        model_dir: Any,
+        *,
+        keep_last: int = 3,
+        keep_every: int | None = None,
+        keep_best: int = 1,
+        best_metric: str | None = None,
+        best_mode: str = "min",
+        asynchronous: bool = True,
+    ):
+        import orbax.checkpoint as ocp
+
+        if keep_last < 1:
+            raise ValueError(f"keep_last must be at least 1, got {keep_last}.")
+        if best_mode not in ("min", "max"):
+            raise tree.unknown_name("best_mode", best_mode, ["min", "max"])
+        self.model_dir = epath.Path(model_dir).absolute()
+        self.folder = self.model_dir / FOLDER
+        self.best_metric = best_metric
+        policies = ocp.checkpoint_managers
+        kept: list[Any] = [policies.LatestN(keep_last)]
+        if keep_every:
+            kept.append(policies.EveryNSteps(keep_every))
+        if best_metric is not None:
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=self._metric,
+                    reverse=best_mode == "min",
+                    n=keep_best,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self.manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(kept),
+                best_fn=self._metric if best_metric is not None else None,
+                best_mode=best_mode,
+                enable_async_checkpointing=asynchronous,
+                # What a killed process left half written.
+                cleanup_tmp_directories=True,
+            ),
+            # Trained weights do not compress, and the training step wants the cores.
+            item_handlers={
+                "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+                **{name: ocp.JsonCheckpointHandler() for name in ("host", "meta", "sums")},
+            },
+        )
+
+    def _metric(self, metrics: Mapping[str, float]) -> float:
+        return metrics[str(self.best_metric)]
+
+    def steps(self) -> list[int]:
+        """Return the steps of complete checkpoints, ascending."""
+        return checkpoint_steps(self.model_dir)
+
+    def latest(self) -> int | None:
+        """Return the last step saved, or None."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """Return the step of the best checkpoint by best_metric, or None."""
+        self.manager.reload()
+        return None if self.best_metric is None else self.manager.best_step()
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        *,
+        host: Mapping[str, Any],
+        meta: Mapping[str, Any],
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Save a step; a step already saved is left as it is.
+
+        `state` is any tree of arrays and random keys; `host` (data position, rates) and `meta` (task names,
+        vocabulary, configuration) are JSON objects; `metrics` holds best_metric. Raises ValueError where it
+        does not, and OSError where this save or the asynchronous one before it failed.
+        """
+        import orbax.checkpoint as ocp
+
+        if metrics is not None and self.best_metric is not None and self.best_metric not in metrics:
+            raise tree.unknown_name("metric of the best checkpoint:", self.best_metric, list(metrics))
+        self.wait()
+        if step in self.steps():
+            return
+        leaves = {path: _plain(leaf) for path, leaf in tree.flatten(state).items()}
+        host, meta = json.loads(json.dumps(host)), json.loads(json.dumps(meta))
+        sums = {
+            "state": {path: _bit_sum(x) for path, x in leaves.items()},
+            "host": _text_sum(host),
+            "meta": _text_sum(meta),
+        }
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(tree.unflatten(leaves)),
+            host=ocp.args.JsonSave(host),
+            meta=ocp.args.JsonSave(meta),
+            sums=ocp.args.JsonSave(sums),
+        )
+        finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+        with self._writing(step):
+            self.manager.save(
+                step, args=items, metrics=finite if self.best_metric in finite else None, force=True
+            )
+
+    @contextlib.contextmanager
+    def _writing(self, step: int | None = None) -> Iterator[None]:
+        """Turn a failed save into an OSError, and free what it wrote."""
+        try:
+            yield
+        except Exception as error:
+            left = self.steps()
+            if jax.process_index() == 0 and self.folder.exists():
+                for child in self.folder.iterdir():
+                    if _TEMPORARY in child.name:
+                        child.rmtree()
+            raise OSError(
+                f"Saving {'a checkpoint' if step is None else f'step {step}'} to {str(self.folder)!r} failed: "
+                f"{type(error).__name__}: {str(error)[:500]}\nIs the disk full? "
+                + (f"The checkpoints of steps {left} are whole." if left else "There is no checkpoint yet.")
+            ) from error
+
+    def wait(self) -> None:
+        """Wait for the save under way; raises OSError if it failed."""
+        with self._writing():
+            self.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Wait and release threads; raises OSError if the save under way failed."""
+        with self._writing():
+            self.manager.close()
+
+    def restore(self, abstract_state: PyTree, *, step: int | None = None) -> tuple[PyTree, dict, dict]:
+        """Return (state, host, meta) of a step, by default the latest.
+
+        Leaves of abstract_state are ShapeDtypeStructs with the shardings to read into, on any mesh. Raises
+        ValueError listing what is missing, extra or misshapen before any array is read, and where the
+        checkpoint is damaged.
+        """
+        self.wait()
+        folder = find(self.model_dir if step is None else self.folder / str(step))
+        wanted = {path: _plain_abstract(leaf) for path, leaf in tree.flatten(abstract_state).items()}
+        saved = _saved(folder)
+        _check_same(folder, wanted, saved, what="run")
+        if other := [path for path, leaf in wanted.items() if leaf.dtype != saved[path].dtype]:
+            lines = [
+                f"{path} expected {wanted[path].dtype}, found {saved[path].dtype}" for path in other[:10]
+            ]
+            raise ValueError(
+                f"The checkpoint {str(folder)!r} has other dtypes than the run:\n  " + "\n  ".join(lines)
+            )
+        sums = _read_json(folder, "sums")
+        host, meta = (_read_checked_json(folder, item, sums) for item in ("host", "meta"))
+        arrays = _read(folder, wanted)
+        leaves = [_like(leaf, arrays[path]) for path, leaf in tree.flatten(abstract_state).items()]
+        return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), host, meta
