@@ -53,9 +53,14 @@ def write(records: Iterable[bytes], prefix: pathlib.Path) -> list[dict[str, Any]
     """
     files: list[dict[str, Any]] = []
     stream = iter(records)
+    head = list(itertools.islice(stream, 256))
+    mean_bytes = sum(map(len, head)) / max(len(head), 1)
+    group = int(min(max(_GROUP_BYTES // max(mean_bytes, 1), 1), _MAX_GROUP))
+    stream = itertools.chain(head, stream)
     for first in stream:
         path = prefix.with_name(f"{prefix.name}.part{len(files)}")
-        files.append({"name": path, "num_examples": _write_file(path, itertools.chain([first], stream))})
+        count = _write_file(path, itertools.chain([first], stream), group=group)
+        files.append({"name": path, "num_examples": count})
     for number, entry in enumerate(files):
         path = prefix.with_name(f"{prefix.name}-{number:05d}-of-{len(files):05d}.array_record")
         entry["name"].rename(path)
@@ -63,13 +68,10 @@ def write(records: Iterable[bytes], prefix: pathlib.Path) -> list[dict[str, Any]
     return files
 
 
-def _write_file(path: pathlib.Path, stream: Iterator[bytes]) -> int:
-    head = list(itertools.islice(stream, 256))
-    mean_bytes = sum(map(len, head)) / len(head)
-    group = int(min(max(_GROUP_BYTES // max(mean_bytes, 1), 1), _MAX_GROUP))
+def _write_file(path: pathlib.Path, stream: Iterator[bytes], *, group: int) -> int:
     writer = array_record_module.ArrayRecordWriter(str(path), f"group_size:{group},uncompressed")
     count = size = 0
-    for record in itertools.chain(head, stream):
+    for record in stream:
         writer.write(record)
         count, size = count + 1, size + len(record)
         if size >= _MAX_FILE_BYTES:
