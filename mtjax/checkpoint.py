@@ -62,9 +62,15 @@ def _device_sum(x: Array) -> Array:
     return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
 
 
+def _is_on_cpu(x: Array) -> bool:
+    return all(device.platform == "cpu" for device in x.devices())
+
+
 def _bit_sum(x: Any) -> int:
     """Add up an array's bits modulo 2^32: no flipped bit leaves it alone, no sharding changes it."""
-    if isinstance(x, jax.Array) and not (x.is_fully_addressable and x.devices().pop().platform == "cpu"):
+    if isinstance(x, jax.Array) and not (
+        x.is_fully_addressable and next(iter(x.devices())).platform == "cpu"
+    ):
         return int(_device_sum(x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x))
     shards = [s.data for s in x.addressable_shards if s.replica_id == 0] if isinstance(x, jax.Array) else [x]
     total = 0
@@ -72,10 +78,6 @@ def _bit_sum(x: Any) -> int:
         flat = np.ascontiguousarray(shard).reshape(-1)
         total += int(flat.view(f"uint{8 * min(flat.dtype.itemsize, 4)}").sum(dtype=np.uint64))
     return total % 2**32
-
-
-def _text_sum(value: Any) -> int:
-    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
 # --- Folders ----------------------------------------------------------------------------------------------
@@ -152,32 +154,30 @@ def _reading(folder: epath.Path) -> Iterator[None]:
         ) from error
 
 
+def _sealed(value: Any) -> dict[str, Any]:
+    """Put a JSON value beside the checksum of its text."""
+    return {"value": value, "crc32": zlib.crc32(json.dumps(value, sort_keys=True).encode())}
+
+
 def _read_json(folder: epath.Path, item: str) -> dict[str, Any]:
     with _reading(folder):
-        return json.loads((folder / item / "metadata").read_text())
-
-
-def _read_checked_json(folder: epath.Path, item: str, sums: Mapping[str, Any]) -> dict[str, Any]:
-    value = _read_json(folder, item)
-    with _reading(folder):
-        if _text_sum(value) != sums[item]:
-            raise OSError(f"{item}/metadata has other contents than were written")
-    return value
+        file = folder / item / "metadata"
+        sealed = json.loads(file.read_text())
+        if sealed != _sealed(sealed["value"]):
+            raise OSError(f"{str(file)!r} has other contents than were written")
+        return sealed["value"]
 
 
 def read_meta(path: Any) -> dict[str, Any]:
     """Return the `meta` that was saved with the checkpoint at `path` (see `find`)."""
-    folder = find(path)
-    return _read_checked_json(folder, "meta", _read_json(folder, "sums"))
+    return _read_json(find(path), "meta")
 
 
-def _saved(folder: epath.Path) -> dict[str, Any]:
+def _saved(folder: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
     """Return {path: shape and dtype} of every array of a checkpoint; reads no array."""
-    import orbax.checkpoint as ocp
-
-    with _reading(folder), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
-        metadata = tree.flatten(reader.metadata(folder / "state").tree)
-        return {path: jax.ShapeDtypeStruct(m.shape, m.dtype) for path, m in metadata.items()}
+    arrays = _read_json(folder, "arrays")
+    with _reading(folder):
+        return {path: jax.ShapeDtypeStruct(x["shape"], x["dtype"]) for path, x in arrays.items()}
 
 
 def _read(folder: epath.Path, leaves: Mapping[str, Any]) -> dict[str, Array]:
@@ -185,7 +185,7 @@ def _read(folder: epath.Path, leaves: Mapping[str, Any]) -> dict[str, Array]:
     import orbax.checkpoint as ocp
 
     item = tree.unflatten(leaves)
-    sums = _read_json(folder, "sums")
+    saved = _read_json(folder, "arrays")
     with _reading(folder), contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
         arguments = ocp.args.PyTreeRestore(
             item=item,
@@ -193,7 +193,7 @@ def _read(folder: epath.Path, leaves: Mapping[str, Any]) -> dict[str, Array]:
             partial_restore=True,
         )
         arrays = tree.flatten(reader.restore(folder / "state", args=arguments))
-        if wrong := [path for path, x in arrays.items() if _bit_sum(x) != sums["state"][path]]:
+        if wrong := [path for path, x in arrays.items() if _bit_sum(x) != saved[path]["sum"]]:
             raise OSError(f"other bits than were written in {wrong[:5]} ({len(wrong)} arrays)")
     return arrays
 
@@ -287,7 +287,7 @@ class Checkpointer:
             # Trained weights do not compress, and the training step wants the cores.
             item_handlers={
                 "state": ocp.PyTreeCheckpointHandler(use_compression=False),
-                **{name: ocp.JsonCheckpointHandler() for name in ("host", "meta", "sums")},
+                **{name: ocp.JsonCheckpointHandler() for name in ("host", "meta", "arrays")},
             },
         )
 
@@ -331,16 +331,15 @@ class Checkpointer:
             return
         leaves = {path: _plain(leaf) for path, leaf in tree.flatten(state).items()}
         host, meta = json.loads(json.dumps(host)), json.loads(json.dumps(meta))
-        sums = {
-            "state": {path: _bit_sum(x) for path, x in leaves.items()},
-            "host": _text_sum(host),
-            "meta": _text_sum(meta),
+        arrays = {
+            path: {"shape": list(x.shape), "dtype": x.dtype.name, "sum": _bit_sum(x)}
+            for path, x in leaves.items()
         }
         items = ocp.args.Composite(
             state=ocp.args.PyTreeSave(tree.unflatten(leaves)),
-            host=ocp.args.JsonSave(host),
-            meta=ocp.args.JsonSave(meta),
-            sums=ocp.args.JsonSave(sums),
+            host=ocp.args.JsonSave(_sealed(host)),
+            meta=ocp.args.JsonSave(_sealed(meta)),
+            arrays=ocp.args.JsonSave(_sealed(arrays)),
         )
         finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
         with self._writing(step):
@@ -394,8 +393,7 @@ class Checkpointer:
             raise ValueError(
                 f"The checkpoint {str(folder)!r} has other dtypes than the run:\n  " + "\n  ".join(lines)
             )
-        sums = _read_json(folder, "sums")
-        host, meta = (_read_checked_json(folder, item, sums) for item in ("host", "meta"))
+        host, meta = _read_json(folder, "host"), _read_json(folder, "meta")
         arrays = _read(folder, wanted)
         leaves = [_like(leaf, arrays[path]) for path, leaf in tree.flatten(abstract_state).items()]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), host, meta
