@@ -58,6 +58,17 @@ class RMSNorm(nnx.Module):
         return (x * inverse * self.scale[...]).astype(x_BLD.dtype)
 
 
+def matmul(x: Array, kernel: Array) -> Array:
+    """Multiply [..., in] by [in, out].
+
+    On a CPU the leading dims are merged first: XLA then needs no transposed copies for the kernel's gradient
+    (a feed-forward block's step takes half the time). Elsewhere they stay apart, so that each can be sharded.
+    """
+    if jax.default_backend() != "cpu":
+        return x @ kernel
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 class Linear(nnx.Module):
     """A linear map without bias; the kernel is stored in float32 and used in the input's dtype."""
 
@@ -67,7 +78,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Array, context: Context) -> Array:
         """Map [..., in] to [..., out]."""
         del context  # task-conditioned kinds of a linear map read it
-        return x @ self.kernel[...].astype(x.dtype)
+        return matmul(x, self.kernel[...].astype(x.dtype))
 
 
 class MlpBlock(nnx.Module):
@@ -110,4 +121,4 @@ class Embed(nnx.Module):
     def attend(self, hidden_BLD: Array) -> Array:
         """Return float32 logits [B, L, V] against the embeddings, scaled by 1/sqrt(D)."""
         hidden_BLD = hidden_BLD.astype(jnp.float32) / jnp.sqrt(hidden_BLD.shape[-1]).astype(jnp.float32)
-        return hidden_BLD @ self.embedding[...].T
+        return matmul(hidden_BLD, self.embedding[...].T)
