@@ -349,7 +349,7 @@ def _options(*names: Iterable[str]) -> tuple[str, ...]:
 
 YES_NO = ("no", "yes")
 TASKS = {
-    "span_corruption": Definition(documentation, "language_modeling", metrics=("bits_per_byte",), rate=3.0),
+    "span_corruption": Definition(documentation, "language_modeling", metrics=("bits_per_byte",), rate=2.0),
     "unicode_category": Definition(
         unicode_categories, "unicode", "category of character:", options=_options(CATEGORIES.values())
     ),
