@@ -76,8 +76,8 @@ def reference_adafactor(p, gradients, rates, *, factored, beta1=None, weight_dec
 def test_adafactor_follows_the_float64_reference(arguments):
     params = random_tree(SHAPES, 0, 0.1)
     params["encoder"]["relpos_bias"]["rel_embedding"] *= 1e-6  # below the floor of the parameter scale
-    # Gradients that grow, so that update clipping acts.
-    grads = [random_tree(SHAPES, 1 + i, 0.01 * (1 + i) ** 2) for i in range(6)]
+    # Update clipping acts where gradients grow, and does not where they shrink.
+    grads = [random_tree(SHAPES, 1 + i, scale) for i, scale in enumerate([0.01, 0.1, 1.0, 0.1, 0.01, 0.5])]
     schedule = optim.learning_rate(factors="constant * rsqrt_decay", warmup_steps=2)
     got, state = run(optim.adafactor(schedule, **arguments), params, grads)
     rates = [float(schedule(t)) for t in range(6)]
@@ -229,6 +229,10 @@ def test_frozen_parameters_keep_their_bits_and_hold_no_memory():
     for path, p in tree.flatten(params).items():
         equal = np.asarray(p).tobytes() == np.asarray(tree.flatten(got)[path]).tobytes()
         assert equal == path.startswith("encoder/"), path
+    # Also where nothing folds the addition away.
+    updates, _ = optimizer.update(grads, state, params)
+    moved = odd.__array__() + np.asarray(updates["encoder"]["layers_0"]["pre_mlp_layer_norm"]["scale"])
+    assert moved.tobytes() == odd.__array__().tobytes()
 
 
 def test_clipping_scales_the_whole_gradient():
