@@ -1,21 +1,23 @@
-"""Plots of results, as PNG files."""
+"""Results over checkpoints: families' means, and plots as PNG files."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure  # without pyplot, which would look for a display
 
+Line = Mapping[str, Any]  # of a results file (evaluate.write_results)
+Points = dict[int, float]  # by step
 
-def series(path: str | os.PathLike, lines: Sequence[Mapping[str, Any]], *, title: str) -> None:
+
+def series(path: str | os.PathLike, lines: Sequence[Line], *, title: str) -> None:
     """Plot scores and losses over checkpoints: a thin line a task, a thick one for each family's mean.
 
-    lines: of a results file, one split and decode mode. A task's score is its first metric; bits per byte,
-    which is better low, is left to the loss. A family's mean is taken where all its tasks have a value.
+    lines: of a results file, one split and decode mode.
     """
     figure = Figure(figsize=(13, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -23,32 +25,67 @@ def series(path: str | os.PathLike, lines: Sequence[Mapping[str, Any]], *, title
     colours = dict(
         zip(families, matplotlib.colormaps["turbo"].resampled(len(families) + 1).colors, strict=False)
     )
-    for axes, value, name in ((left, main_score, "score"), (right, lambda line: line["loss"], "loss")):
+    for axes, value in ((left, main_score), (right, loss)):
+        means = family_means(lines, value)
         for family in families:
-            _family(axes, [line for line in lines if line["family"] == family], value, colours[family])
+            mine = [line for line in lines if line["family"] == family]
+            for points in task_points(mine, value).values():
+                axes.plot(*_line(points), color=colours[family], linewidth=0.6, alpha=0.5)
+            axes.plot(
+                *_line(means.get(family, {})),
+                color=colours[family],
+                linewidth=2,
+                marker="o",
+                markersize=4,
+                label=family,
+            )
         axes.set_xlabel("step")
-        axes.set_title(name)
         axes.grid(alpha=0.3)
-    right.legend(loc="upper right", fontsize="small", ncols=1 + len(families) // 12)
+    left.set_title("score: each task's first metric")
     left.set_ylim(0, 100)
-    right.set_ylabel("nats per target token")
+    right.set_title("loss: nats per target token")
+    right.set_ylim(bottom=0)
+    right.legend(loc="upper right", fontsize="small", ncols=1 + len(families) // 12)
     figure.suptitle(title)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
 
-def main_score(line: Mapping[str, Any]) -> float | None:
-    """Return a task's first score that runs from 0 to 100."""
+def main_score(line: Line) -> float | None:
+    """Return a task's first score from 0 to 100; bits per byte, better when low, is left to the loss."""
     return next((value for name, value in line["scores"].items() if name != "bits_per_byte"), None)
 
 
-def _family(axes: Any, lines: Sequence[Mapping[str, Any]], value: Any, colour: Any) -> None:
-    tasks: dict[str, dict[int, float]] = {}
+def loss(line: Line) -> float | None:
+    """Return a task's loss."""
+    return line["loss"]
+
+
+def task_points(lines: Sequence[Line], value: Callable[[Line], float | None]) -> dict[str, Points]:
+    """Return {task: {step: value}} where there are values."""
+    tasks: dict[str, Points] = {}
     for line in lines:
-        if line["error"] is None and value(line) is not None:
-            tasks.setdefault(line["task"], {})[line["step"]] = value(line)
-    for points in tasks.values():
-        axes.plot(*zip(*sorted(points.items()), strict=True), color=colour, linewidth=0.6, alpha=0.5)
-    steps = sorted(set.intersection(*(set(points) for points in tasks.values()))) if tasks else []
-    means = [sum(points[step] for points in tasks.values()) / len(tasks) for step in steps]
-    axes.plot(steps, means, color=colour, linewidth=2, marker="o", markersize=4, label=lines[0]["family"])
+        if (found := value(line)) is not None:
+            tasks.setdefault(line["task"], {})[line["step"]] = found
+    return tasks
+
+
+def family_means(
+    lines: Sequence[Line], value: Callable[[Line], float | None] = main_score
+) -> dict[str, Points]:
+    """Return {family: {step: mean over its tasks}}, at the steps where all its tasks have a value.
+
+    A step where one task failed has no mean: it would compare other tasks.
+    """
+    means: dict[str, Points] = {}
+    for family in sorted({line["family"] for line in lines}):
+        tasks = list(task_points([line for line in lines if line["family"] == family], value).values())
+        if tasks:
+            steps = sorted(set.intersection(*map(set, tasks)))
+            means[family] = {step: sum(points[step] for points in tasks) / len(tasks) for step in steps}
+    return means
+
+
+def _line(points: Points) -> tuple[list[int], list[float]]:
+    steps = sorted(points)
+    return steps, [points[step] for step in steps]

@@ -35,6 +35,7 @@ class Baseline(NamedTuple):
     score: float
     low: float
     high: float
+    lower_is_better: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class TaskResult:
         if score not in self.baselines:
             return None
         baseline, value = self.baselines[score], self.scores[score]
-        return value < baseline.low if score == "bits_per_byte" else value > baseline.high
+        return value < baseline.low if baseline.lower_is_better else value > baseline.high
 
 
 class Examples(NamedTuple):
@@ -112,13 +113,18 @@ def evaluate_mixture(
     for i, task in enumerate(tasks):
         try:
             examples = read(
-                task, split, lengths=lengths, limit=max_examples, task_id=task_ids.get(task.name, -1)
+                task,
+                split,
+                lengths=lengths,
+                limit=max_examples,
+                task_id=task_ids.get(task.name, -1),
+                architecture=architecture,
             )
             result, lines = _evaluate(
                 predictor, params, task, examples, progress=_scaled(progress, counts, i, task.name)
             )
             if with_baselines:
-                table = baselines(task, examples, result, lengths=lengths)
+                table = baselines(task, examples, result, lengths=lengths, architecture=architecture)
                 result = dataclasses.replace(result, baselines=table)
             if predictions_dir is not None and jax.process_index() == 0:
                 write_lines(Path(predictions_dir) / f"{task.name}.jsonl", lines)
@@ -185,13 +191,19 @@ def _evaluate(
 
 
 def read(
-    task: CachedTask, split: str, *, lengths: Mapping[str, int], limit: int | None, task_id: int
+    task: CachedTask,
+    split: str,
+    *,
+    lengths: Mapping[str, int],
+    limit: int | None,
+    task_id: int,
+    architecture: str,
 ) -> Examples:
     """Read a split as the model sees it: objective applied, cut to `lengths`, EOS at the end.
 
     The noise of an example is the same in every evaluation. Examples without target tokens are left out.
     """
-    source, prepare = task.source(split), online(task, lengths)
+    source, prepare = task.source(split), online(task, lengths, architecture=architecture)
     count = min(len(source), limit or len(source))
     found = Examples([], [], [], [], [])
     for i, raw in enumerate(task.examples(split)[:count]):
@@ -271,34 +283,30 @@ def _lines(examples: Examples, predictions: Sequence[str] | None, sums: TargetSu
 
 
 def baselines(
-    task: CachedTask, examples: Examples, result: TaskResult, *, lengths: Mapping[str, int]
+    task: CachedTask, examples: Examples, result: TaskResult, *, lengths: Mapping[str, int], architecture: str
 ) -> dict[str, Baseline]:
     """Score the trivial predictors of every metric; each score keeps the better one.
 
     Texts: the most frequent training target, and the input copied. Likelihoods: a unigram model of the
     training targets' tokens, over the same tokens and bytes as the model.
     """
-    found: dict[str, dict[str, metrics.Interval]] = {}
-    majority: list[str] | None = None
+    if "train" not in task.splits:
+        return {}
+    fields: dict[str, Any] = metrics.columns(examples.raw)
+    majority = most_frequent_targets(task)
+    best: dict[str, Baseline] = {}
     for name in task.metrics:
         metric = metrics.lookup(name)
         if metric.takes == "scores":
-            found["unigram"] = metrics.bootstrap(metric, _unigram_sums(task, examples, lengths=lengths))
-            continue
-        majority = majority or most_frequent_targets(task)
-        for guess, scores in metrics.baselines(
-            name,
-            train_targets=majority,
-            inputs=examples.inputs,
-            targets=examples.targets,
-            **metrics.columns(examples.raw),
-        ).items():
-            found.setdefault(guess, {}).update(scores)
-    best: dict[str, Baseline] = {}
-    for score in result.scores:
-        sign = -1 if score == "bits_per_byte" else 1
-        guesses = [Baseline(guess, *scores[score]) for guess, scores in found.items() if score in scores]
-        best[score] = max(guesses, key=lambda guess: sign * guess.score)
+            sums = _unigram_sums(task, examples, lengths=lengths, architecture=architecture)
+            found = {"unigram": metrics.bootstrap(metric, sums)}
+        else:
+            texts = {"inputs": examples.inputs, "targets": examples.targets}
+            found = metrics.baselines(name, train_targets=majority, **texts, **fields)
+        sign = -1 if metric.lower_is_better else 1
+        for score in next(iter(found.values())):
+            guess = max(found, key=lambda guess: sign * found[guess][score].score)
+            best[score] = Baseline(guess, *found[guess][score], metric.lower_is_better)
     return best
 
 
@@ -313,13 +321,15 @@ def most_frequent_targets(task: CachedTask) -> list[str]:
     return [decode(ids) for ids, count in counts.items() if count == highest]
 
 
-def _unigram_sums(task: CachedTask, examples: Examples, *, lengths: Mapping[str, int]) -> np.ndarray:
+def _unigram_sums(
+    task: CachedTask, examples: Examples, *, lengths: Mapping[str, int], architecture: str
+) -> np.ndarray:
     """Return [bits, bytes] of each example under the unigram model of the training targets."""
-    source, prepare = task.source("train"), online(task, lengths)
-    train = (prepare(source.read(i), i)[1] for i in range(min(len(source), TRAIN_EXAMPLES)))
+    source, prepare = task.source("train"), online(task, lengths, architecture=architecture)
+    train = (prepare(source.read(i), i)[1].tolist() for i in range(min(len(source), TRAIN_EXAMPLES)))
     bits = metrics.unigram_bits(
         train,
-        [example.targets for example in examples.ids],
+        [example.targets.tolist() for example in examples.ids],
         vocabulary_size=task.vocabulary("targets").size,
     )
     nats = (-bits * np.log(2)).tolist()

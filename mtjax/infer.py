@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,12 +103,12 @@ def infer(
                 codec=codec,
                 mode=mode,
                 seed=start // size,
-                progress=_counted(progress, start, total),
+                progress=_counted(progress, start=start, size=len(window), total=total),
             )
             new = range(max(done - start, 0), len(window))
             _append(file, [window[i] | {ADDED[mode]: values[i]} for i in new])
             num_cut += sum(were_cut[i] for i in new)
-            num_unknown += sum("task" in window[i] and window[i]["task"] not in task_ids for i in new)
+            num_unknown += sum("task" in window[i] and examples[i].task_id < 0 for i in new)
     return Summary(total, done, num_cut, num_unknown)
 
 
@@ -117,6 +117,10 @@ def read_requests(path: Path, *, mode: str, is_rank: bool = False) -> Iterator[d
     for number, line in _numbered(path):
         try:
             request = json.loads(line)
+            if "\\u" in line:
+                _as_line(request)  # half of a surrogate pair can be read but not written
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{path}:{number}: not text: {error}.") from error
         except ValueError as error:
             raise ValueError(f"{path}:{number}: not JSON: {error}.") from error
         if fault := _fault(request, mode=mode, is_rank=is_rank):
@@ -185,7 +189,10 @@ def _answers(
 ) -> list[Any]:
     """Return what is added to each request."""
     if mode == "score":
-        return predictor.score(params, examples, progress=progress).logprob.tolist()
+        scores = predictor.score(params, examples, progress=progress).logprob
+        if not np.isfinite(scores).all():
+            raise ValueError("a score is not finite: these parameters have diverged.")
+        return scores.tolist()
     if predictor.config.mode == "rank":
         options = [[codec.encode_targets(choice) for choice in request["choices"]] for request in requests]
         best = predict.rank(predictor, params, examples, options, progress=progress).best
@@ -194,11 +201,12 @@ def _answers(
     return [codec.targets.decode(ids) for ids in decoded]
 
 
-def _counted(progress: predict.Progress | None, start: int, total: int) -> Callable[[int, int], None] | None:
+def _counted(
+    progress: predict.Progress | None, *, start: int, size: int, total: int
+) -> predict.Progress | None:
     """Count a window's examples (or the options it ranks) as lines of the file."""
     if progress is None:
         return None
-    size = min(total - start, total)
     return lambda done, of: progress(start + size * done // of, total)
 
 
@@ -226,7 +234,8 @@ def resume_at(input_path: Path, output_path: Path, *, mode: str) -> int:
                 f"{output_path}:{number}: no {ADDED[mode]!r}, so this is not an output of {mode}. "
                 "Choose another output."
             )
-        if expected is None or {k: v for k, v in line.items() if k != ADDED[mode]} != expected:
+        given = {name: value for name, value in line.items() if name != ADDED[mode]}
+        if expected is None or _as_line(given) != _as_line(expected):
             raise ValueError(
                 f"{output_path}:{number}: belongs to another input than line {count + 1} of "
                 f"{str(input_path)!r}. Choose another output, or delete this one."
@@ -253,9 +262,13 @@ def _drop_torn_line(path: Path) -> None:
 
 def _append(file: Any, lines: Sequence[Mapping[str, Any]]) -> None:
     """Append lines in one write, and flush them to disk."""
-    file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+    file.write(b"".join(map(_as_line, lines)))
     file.flush()
     os.fsync(file.fileno())
+
+
+def _as_line(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False).encode() + b"\n"
 
 
 def settings_path(output_path: str | os.PathLike) -> Path:

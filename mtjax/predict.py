@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mtjax import decode, losses, sharding, tree
+from mtjax.data import online, packing
 from mtjax.types import Array, Batch, Model, Params
 
 MODES = ("greedy", "beam", "sample", "rank")
@@ -103,13 +104,13 @@ def predictor(
     are laid out over the mesh. Raises ValueError where the mesh does not divide batch_size.
     """
     config = config or DecodeConfig()
-    if architecture not in ARCHITECTURES:
-        raise tree.unknown_name("architecture", architecture, list(ARCHITECTURES))
+    online.check_architecture(architecture)
     sharding.check_divides(mesh, batch_size)
     replicated = NamedSharding(mesh, PartitionSpec())  # so that every host reads all results
     sums = jax.jit(functools.partial(target_sums, model), out_shardings=replicated)
     search = jax.jit(_search(model, config, eos_id=eos_id), static_argnums=3, out_shardings=replicated)
     max_length = config.max_length or lengths["targets"]
+    calls: list[Any] = [sums, search]
 
     def run(call, examples: Sequence[Example], progress: Progress | None) -> list[np.ndarray]:
         rows: list[Any] = [None] * len(examples)
@@ -134,13 +135,14 @@ def predictor(
         params: Params, examples: Sequence[Example], *, progress: Progress | None = None, seed: int = 0
     ):
         key = jax.random.fold_in(jax.random.key(config.seed), seed)
-        inputs = [example._replace(targets=example.targets[:0]) for example in examples]
+        start = np.array([eos_id], np.int32)  # holds the place where decoding starts
+        inputs = [example._replace(targets=start) for example in examples]
         rows = run(
             lambda batch, i: search(params, batch, jax.random.fold_in(key, i), max_length), inputs, progress
         )
         return [before_eos(tokens, eos_id) for (tokens,) in rows]
 
-    return Predictor(config, score, decode_all, lambda: sums._cache_size() + search._cache_size())
+    return Predictor(config, score, decode_all, lambda: sum(call._cache_size() for call in calls))
 
 
 def target_sums(model: Model, params: Params, batch: Batch) -> TargetSums:
@@ -158,7 +160,7 @@ def _search(model: Model, config: DecodeConfig, *, eos_id: int) -> Callable[...,
     """Build search(params, batch, key, max_length) -> (best tokens [B, L],)."""
 
     def search(params: Params, batch: Batch, key: Array, max_length: int) -> tuple[Array]:
-        common = {"max_length": max_length, "eos_id": eos_id}
+        common: dict[str, Any] = {"max_length": max_length, "eos_id": eos_id}
         if config.mode == "beam":
             found = decode.beam_search(
                 model, params, batch, num_beams=config.num_beams, alpha=config.alpha, **common
@@ -213,52 +215,11 @@ def pad_batch(
     Decoder-only rows hold both, one behind the other. Rows to spare repeat the last example, so that
     decoding does not wait for an end of nothing.
     """
-    examples = [*examples, *examples[-1:] * (num_rows - len(examples))]
-    return ARCHITECTURES[architecture](examples, shape)
-
-
-def _rows(arrays: Sequence[np.ndarray], length: int) -> np.ndarray:
-    rows = np.zeros((len(arrays), length), np.int32)
-    for row, array in zip(rows, arrays, strict=True):
-        row[: len(array)] = array
-    return rows
-
-
-def _spread(task_ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Give every token its row's task id, padding -1; a row without tokens keeps it at the first place."""
-    lengths = np.maximum((tokens > 0).sum(1, keepdims=True), 1)
-    return np.where(np.arange(tokens.shape[1]) < lengths, task_ids, -1)
-
-
-def _encoder_decoder(examples: Sequence[Example], shape: tuple[int, int]) -> dict[str, np.ndarray]:
-    inputs = _rows([example.inputs for example in examples], shape[0])
-    targets = _rows([example.targets for example in examples], shape[1])
-    task_ids = np.array([[example.task_id] for example in examples], np.int32)
-    return {
-        "encoder_input_tokens": inputs,
-        "encoder_task_ids": _spread(task_ids, inputs),
-        "decoder_input_tokens": np.pad(targets, ((0, 0), (1, 0)))[:, :-1],
-        "decoder_target_tokens": targets,
-        "decoder_loss_weights": (targets > 0).astype(np.float32),
-        "decoder_task_ids": _spread(task_ids, targets),
-    }
-
-
-def _decoder_only(examples: Sequence[Example], shape: tuple[int, int]) -> dict[str, np.ndarray]:
-    tokens = _rows([np.concatenate([e.inputs, e.targets]) for e in examples], sum(shape))
-    task_ids = np.array([[example.task_id] for example in examples], np.int32)
-    prefix = np.array([[len(example.inputs)] for example in examples])
-    at = np.arange(tokens.shape[1])
-    return {
-        "decoder_input_tokens": np.pad(tokens, ((0, 0), (1, 0)))[:, :-1],
-        "decoder_target_tokens": tokens,
-        "decoder_loss_weights": ((tokens > 0) & (at >= prefix)).astype(np.float32),
-        "decoder_causal_attention": (at <= prefix).astype(np.int32),  # one more: tokens are shifted right
-        "decoder_task_ids": _spread(task_ids, tokens),
-    }
-
-
-ARCHITECTURES = {"encoder_decoder": _encoder_decoder, "decoder_only": _decoder_only}
+    examples = [*examples, *[examples[-1]] * (num_rows - len(examples))]
+    rows = [[packing.Example(e.task_id, 0, e.inputs, e.targets, False)] for e in examples]
+    return packing.batch(
+        rows, {"inputs": shape[0], "targets": shape[1]}, architecture=architecture, packed=False
+    )
 
 
 def place(batch: Mapping[str, np.ndarray], mesh: Mesh) -> Batch:

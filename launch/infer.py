@@ -1,0 +1,88 @@
+"""`mtjax infer`: JSON lines in, JSON lines with a prediction or score out, in the same order."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mtjax.launch import model_dir
+
+EXAMPLES = """
+examples:
+  mtjax infer --model_dir=runs/first --input=questions.jsonl --output=answers.jsonl
+  mtjax infer --model_dir=runs/first --mode=score --input=pairs.jsonl --output=scores.jsonl
+
+A line has `inputs`, to be scored also `targets`, to be ranked (--decode=rank) `choices`, and may name its
+`task`, one that the checkpoint was trained on. The output keeps all fields and adds `prediction`, or `score`,
+the log-probability of the targets in nats. The same command goes on where a killed one stopped.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `mtjax infer`."""
+    parser.epilog = EXAMPLES
+    parser.add_argument("--input", required=True, metavar="FILE", help="JSON lines to read")
+    parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines to write")
+    parser.add_argument(
+        "--mode", default="predict", metavar="MODE", help="predict, or score the line's targets"
+    )
+    parser.add_argument(
+        "--checkpoint", default="latest", metavar="STEP", help="latest, best, or a step (default: latest)"
+    )
+    model_dir.add_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Predict or score a file."""
+    import dataclasses
+
+    from mtjax import infer, tree
+    from mtjax.data import cache
+    from mtjax.launch import screen
+
+    if args.mode not in infer.ADDED:
+        raise tree.unknown_name("mode", args.mode, list(infer.ADDED))
+    opened = model_dir.open_run(args)
+    if args.checkpoint == "all" or len(steps := model_dir.chosen_steps(opened, args.checkpoint)) != 1:
+        raise ValueError(f"--checkpoint={args.checkpoint} is not one checkpoint.")
+    tasks = cache.open_mixture(opened.cache_dirs, opened.data.mixture).tasks
+    params, meta = model_dir.restore(opened, steps[0])
+    model_dir.check_vocabulary(opened, meta, tasks)
+    predictor = model_dir.predictor(opened, args)
+    settings = {"model_dir": str(opened.directory.resolve()), "step": steps[0]}
+    if args.mode == "predict":
+        settings |= dataclasses.asdict(predictor.config)
+    with screen.progress(args.mode) as update:
+        summary = infer.infer(
+            predictor,
+            params,
+            input_path=args.input,
+            output_path=args.output,
+            mode=args.mode,
+            codec=codec(tasks[0], opened.data.lengths["inputs"]),
+            batch_size=opened.data.batch_size,
+            task_ids={name: i for i, name in enumerate(meta["tasks"])},
+            settings=settings,
+            progress=update,
+        )
+    print(f"{summary.lines} lines in {args.output}, {summary.done_before} of them from an earlier run")
+    if summary.cut_inputs:
+        print(f"{summary.cut_inputs} inputs were longer than {opened.data.lengths['inputs']} tokens, and cut")
+    if summary.unknown_tasks:
+        print(f"{summary.unknown_tasks} lines name a task that the checkpoint was not trained on")
+    return 0
+
+
+def codec(task: Any, input_length: int) -> Any:
+    """Return how a run's text becomes ids: with the vocabularies and EOS of its tasks."""
+    from mtjax import infer
+
+    features = task.metadata["features"]
+    inputs = "inputs" if "inputs" in features else "targets"
+    return infer.TextCodec(
+        task.vocabulary(inputs),
+        task.vocabulary("targets"),
+        input_length,
+        features[inputs]["add_eos"],
+        features["targets"]["add_eos"],
+    )
