@@ -1,8 +1,10 @@
 """Checkpoints: what is read is bit for bit what was written, or a clear error; failures lose nothing."""
 
+import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -427,3 +429,48 @@ for mesh in [first, sharding.make_mesh({{"fsdp": 2, "model": 4}}), sharding.make
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), alone, params)
 saver.close()
 """)
+
+
+@pytest.mark.multiprocess
+@pytest.mark.slow
+def test_two_processes_share_a_checkpoint_and_a_batch(tmp_path):
+    code = f"""
+        import sys
+        import jax, jax.numpy as jnp, numpy as np
+        rank, port = int(sys.argv[1]), sys.argv[2]
+        jax.distributed.initialize("localhost:" + port, 2, rank)
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from mtjax import checkpoint, sharding
+        mesh = sharding.make_mesh({{"data": 2, "fsdp": -1}})
+        assert sharding.data_hosts(mesh) == (2, rank)
+        batch = sharding.global_batch(mesh, {{"x": np.full((4, 2), rank, np.int32)}})
+        assert batch["x"].shape == (8, 2) and int(jax.jit(jnp.sum)(batch["x"])) == 8
+
+        make = lambda: {{"x": jnp.arange(64.0).reshape(16, 4), "key": jax.random.key(1)}}
+        where = {{"x": NamedSharding(mesh, P(("data", "fsdp"))), "key": NamedSharding(mesh, P())}}
+        state = jax.jit(make, out_shardings=where)()
+        saver = checkpoint.Checkpointer({str(tmp_path)!r})
+        saver.save(1, state, host={{"position": 1}}, meta={{}})
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        got, host, _ = saver.restore(like)
+        saver.close()
+        assert host == {{"position": 1}}
+        for shard in got["x"].addressable_shards:
+            assert np.array_equal(shard.data, np.arange(64.0).reshape(16, 4)[shard.index])
+        assert len(got["x"].addressable_shards) == 2
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(code), str(rank), port],
+            env={**os.environ, **flags},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(e[-3000:] for e in errors)
