@@ -14,14 +14,16 @@ from mtjax.program import StepMetrics, TaskTable
 
 
 def means(sums: TaskSums, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Divide [T] sums by their tokens, on the host: {name: {loss, accuracy, tokens}}; tasks without tokens are left out."""
+    """Divide [T] sums by their tokens, on the host: {name: {loss, accuracy, tokens, ...}}; tasks without tokens are left out."""
     loss, z_loss, correct, tokens = (np.asarray(x, np.float64) for x in sums)
+    total = max(tokens.sum(), 1.0)
     return {
         name: {
             "loss": float(loss[i] / tokens[i]),
             "z_loss": float(z_loss[i] / tokens[i]),
             "accuracy": float(correct[i] / tokens[i]),
             "tokens": float(tokens[i]),
+            "share": float(tokens[i] / total),
         }
         for i, name in enumerate(names)
         if tokens[i] > 0
@@ -41,7 +43,10 @@ def add_up(sums: Sequence[TaskSums]) -> TaskSums:
 
 
 def scalars_of(tasks: TaskTable, sums: TaskSums, *, prefix: str = "") -> dict[str, float]:
-    """Name the means per task and per family: {prefix}task/<name>/loss, {prefix}family/<name>/loss, ..."""
+    """Name the means per task and per family: {prefix}task/<name>/loss, {prefix}family/<name>/loss, ...
+
+    `share` is the part of all these target tokens.
+    """
     families, family_sums = by_family(sums, tasks.families)
     return {
         **_named(means(sums, tasks.names), f"{prefix}task"),
@@ -60,7 +65,7 @@ class Window:
     def add(self, metrics: StepMetrics) -> None:
         self.steps.append(metrics)
 
-    def close(self, report: Mapping[str, Any], *, positions_per_step: int) -> dict[str, float]:
+    def close(self, *, positions_per_step: int) -> dict[str, float]:
         """Return the window's scalars and start a new one."""
         steps = jax.device_get(self.steps)
         seconds = time.perf_counter() - self.started
@@ -73,7 +78,6 @@ class Window:
             if np.ndim(value) == 0:
                 scalars[f"train/{name}"] = float(value)
         scalars |= scalars_of(self.tasks, add_up([s.tasks for s in steps]))
-        scalars |= _flatten_report(report)
         self.steps, self.started = [], time.perf_counter()
         return scalars
 
@@ -88,15 +92,40 @@ def _named(values: Mapping[str, Mapping[str, float]], kind: str) -> dict[str, fl
     return {f"{kind}/{name}/{what}": v for name, entry in values.items() for what, v in entry.items()}
 
 
-def _flatten_report(report: Mapping[str, Any]) -> dict[str, float]:
-    """Name the stream's report: per-task maps become task/<name>/<what>, numbers data/<what>."""
-    scalars: dict[str, float] = {}
-    for what, value in report.items():
-        if isinstance(value, Mapping):
-            scalars |= {f"task/{name}/{what}": float(v) for name, v in value.items() if np.isfinite(v)}
-        else:
-            scalars[f"data/{what}"] = float(value)
-    return scalars
+class Seen:
+    """What the stream has fed since step 0 of the run, per task: examples, tokens, truncated examples, epochs."""
+
+    COUNTED = ("examples", "tokens", "truncated")
+
+    def __init__(self) -> None:
+        self.before: Mapping[str, Mapping[str, float]] = {}
+
+    def state(self, report: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+        """Return what a checkpoint keeps: the counts of this process and of those before it."""
+        return {
+            what: {
+                name: value + self.before.get(what, {}).get(name, 0) for name, value in report[what].items()
+            }
+            for what in self.COUNTED
+        }
+
+    def restore(self, state: Mapping[str, Mapping[str, float]]) -> None:
+        """Continue from a checkpoint's counts."""
+        self.before = state
+
+    def scalars(self, report: Mapping[str, Any]) -> dict[str, float]:
+        """Name a stream's report: task/<name>/examples_seen, ..., task/<name>/epochs, data/packing/<side>."""
+        per_task = {f"{what}_seen": values for what, values in self.state(report).items()}
+        per_task["epochs"] = report["epochs"]
+        return {
+            **{
+                f"task/{name}/{what}": float(value)
+                for what, values in per_task.items()
+                for name, value in values.items()
+            },
+            **{f"data/packing/{side}": float(value) for side, value in report["packing"].items()},
+            "data/seconds_waited": float(report["seconds_waited"]),
+        }
 
 
 class Patience:
@@ -107,13 +136,16 @@ class Patience:
         self.best: float | None = None
         self.waited = 0
 
-    def is_over(self, metrics: Mapping[str, float]) -> bool:
-        """Note an evaluation; return whether `patience` of them in a row were no better than the best."""
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Compare an evaluation with the best one."""
         value = self.sign * metrics[self.metric]
         if self.best is None or value < self.best:
             self.best, self.waited = value, 0
         else:
             self.waited += 1
+
+    def has_run_out(self) -> bool:
+        """Tell whether `patience` evaluations in a row were no better than the best."""
         return 0 < self.patience <= self.waited
 
     def state(self) -> dict[str, Any]:

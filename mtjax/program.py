@@ -287,8 +287,8 @@ def _shardings(mesh: Mesh, rules: sharding.Rules, abstract: TrainState) -> Train
         step=replicated,
         params=sharding.parameter_shardings(mesh, rules, abstract.params),
         frozen=sharding.parameter_shardings(mesh, rules, abstract.frozen),
-        opt=sharding.state_shardings(mesh, rules, abstract.opt),
-        balance=sharding.state_shardings(mesh, rules, abstract.balance),
+        opt=sharding.state_shardings(mesh, rules, abstract.opt, abstract.params),
+        balance=sharding.state_shardings(mesh, rules, abstract.balance, abstract.params),
         average=sharding.parameter_shardings(mesh, rules, abstract.average),
         key=replicated,
     )
@@ -315,7 +315,7 @@ def program(
     """
     balancer, peft, loss = balancer or uniform(), peft or full(), loss or loss_lib.LossConfig()
     if not isinstance(mesh, Mesh):
-        mesh = sharding.make_mesh(mesh or {"data": -1})
+        mesh = sharding.make_mesh(mesh)
     if microbatches < 1 or batch_size % microbatches:
         divisors = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
         raise ValueError(

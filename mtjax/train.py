@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import platform
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mtjax import checkpoint, evaluate, log, monitor, optim, program, sharding
 from mtjax.data import cache, pipeline
@@ -76,7 +78,7 @@ def prepare(
     balancer: Balancer | None = None,
     peft: Peft | None = None,
     loss: LossConfig | None = None,
-    mesh: Mapping[str, int] | None = None,
+    mesh: Mapping[str, int] | Mesh | None = None,
     rules: sharding.Rules = sharding.PARAMETER_RULES,
     microbatches: int = 1,
     group_by: str | Mapping[str, str] = "task",
@@ -241,7 +243,9 @@ def fit(
     Raises ValueError for a run that cannot start and NonFiniteError for one that diverged.
     """
     evaluation, saving = evaluation or Evaluation(), saving or Saving()
-    stream = pipeline.open_stream(data, num_hosts=jax.process_count(), host=jax.process_index())
+    devices = sharding.make_mesh(mesh)
+    num_hosts, host = sharding.data_hosts(devices)
+    stream = pipeline.open_stream(data, num_hosts=num_hosts, host=host)
     _check_vocabulary(model, stream.tasks)
     run = prepare(
         model=model,
@@ -251,7 +255,7 @@ def fit(
         balancer=balancer,
         peft=peft,
         loss=loss,
-        mesh=mesh,
+        mesh=devices,
         rules=rules,
         microbatches=microbatches,
         group_by=group_by,
@@ -262,18 +266,28 @@ def fit(
         model_dir,
         keep_last=saving.keep_last,
         keep_every=saving.keep_every,
+        keep_best=saving.keep_best,
         best_metric=evaluation.metric if evaluation.every else None,
         best_mode=evaluation.mode,
         asynchronous=saving.asynchronous,
     )
-    state, host, saved = _start(run, checkpointer, seed=seed, initial_checkpoint=initial_checkpoint)
+    state, position, saved = _start(run, checkpointer, seed=seed, initial_checkpoint=initial_checkpoint)
     patience = monitor.Patience(metric=evaluation.metric, mode=evaluation.mode, patience=evaluation.patience)
+    seen = monitor.Seen()
     start = int(state.step)
-    with log.writers(model_dir, resume_step=start, train_steps=train_steps) as writer, stream:
-        if host is not None:
+    with (
+        contextlib.closing(checkpointer),
+        stream,
+        log.writers(model_dir, resume_step=start, train_steps=train_steps) as writer,
+    ):
+        if position is not None:
             _check_resume(saved, meta, writer=writer)
-            stream.restore(host["data"])
-            patience.restore(host["patience"])
+            stream.restore(position["data"])
+            patience.restore(position["patience"])
+            seen.restore(position["seen"])
+        if start >= train_steps or patience.has_run_out():
+            writer.text(f"{model_dir} is already trained, to step {start} of {train_steps}.")
+            return {}
         return _loop(
             run,
             state,
@@ -281,6 +295,7 @@ def fit(
             writer=writer,
             checkpointer=checkpointer,
             patience=patience,
+            seen=seen,
             meta=meta,
             steps=range(start, train_steps),
             validate=_validation(run, model, data, stream.tasks, evaluation),
@@ -346,6 +361,7 @@ def _loop(
     writer: log.Writer,
     checkpointer: checkpoint.Checkpointer,
     patience: monitor.Patience,
+    seen: monitor.Seen,
     meta: Mapping[str, Any],
     steps: range,
     validate: Callable[[Params], dict[str, float]],
@@ -372,23 +388,27 @@ def _loop(
         is_last = done == steps.stop
         if done % log_every == 0 or is_last:
             _check_finite(step, now, run.tasks)
-            scalars = window.close(stream.report(), positions_per_step=_positions(batch))
+            scalars = window.close(positions_per_step=_positions(batch)) | seen.scalars(stream.report())
             writer.scalars(done, scalars)
         if evaluation.every and (done % evaluation.every == 0 or is_last):
             metrics = validate(run.merge(state))
             writer.scalars(done, metrics)
             stream.observe(done, metrics)
-            is_over = patience.is_over(metrics)
+            patience.note(metrics)
+            is_over = patience.has_run_out()
         if (saving.every and done % saving.every == 0) or is_last or is_over:
             _check_finite(step, now, run.tasks)
-            host = {"data": stream.state(), "patience": patience.state()}
+            host = {
+                "data": stream.state(),
+                "patience": patience.state(),
+                "seen": seen.state(stream.report()),
+            }
             checkpointer.save(done, state, host=host, meta=meta, metrics=metrics or None)
         if is_over:
             writer.text(
                 f"Stopped at step {done}: {evaluation.metric} has not improved {patience.waited} times."
             )
             break
-    checkpointer.close()
     return scalars | metrics
 
 
