@@ -360,15 +360,35 @@ def _rouge(total: np.ndarray) -> dict[str, float]:
     return {name: 100 * float(value / total[-1]) for name, value in zip(ROUGE, total, strict=False)}
 
 
+_HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
+_UNSPACED = re.compile(
+    r"[\u3040-\u30ff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"
+)  # kana, Thai, Lao, Burmese, Khmer
+
+
 @functools.cache
-def _sacrebleu(name: str):
+def _sacrebleu(name: str, tokenizer: str | None = None):
     from sacrebleu.metrics import BLEU, CHRF
 
-    return BLEU(force=True) if name == "bleu" else CHRF()  # force: do not warn about tokenised text
+    if name == "chrf":
+        return CHRF()
+    return BLEU(tokenize=tokenizer, force=True)  # force: do not warn about tokenised text
+
+
+def bleu_tokenizer(texts: Sequence[str]) -> str | None:
+    """Choose sacrebleu's tokenizer: its default, '13a', sees one word in a sentence written without spaces.
+
+    'zh' for Chinese, 'char' for other scripts without spaces, where they are a third of the characters.
+    """
+    text = "".join("".join(texts).split())
+    han, unspaced = len(_HAN.findall(text)), len(_UNSPACED.findall(text))
+    if 3 * (han + unspaced) < max(len(text), 1):
+        return None
+    return "zh" if 20 * unspaced < han else "char"
 
 
 def _corpus_metric(name: str) -> Metric:
-    """Build sacrebleu's corpus score, at its default settings.
+    """Build sacrebleu's corpus score, at its default settings but for the tokenizer.
 
     The two private methods are those its own significance tests resample with.
     """
@@ -377,7 +397,8 @@ def _corpus_metric(name: str) -> Metric:
         answers = _answers(targets, fields)
         width = max(map(len, answers))
         streams = [[a[i] if i < len(a) else None for a in answers] for i in range(width)]
-        return _sacrebleu(name)._extract_corpus_statistics(list(predictions), streams)
+        tokenizer = bleu_tokenizer(targets) if name == "bleu" else None
+        return _sacrebleu(name, tokenizer)._extract_corpus_statistics(list(predictions), streams)
 
     def aggregate(total):
         return {name: float(_sacrebleu(name)._compute_score_from_stats(list(total)).score)}

@@ -128,6 +128,18 @@ def test_corpus_scores_are_those_of_sacrebleu(name, library):
     assert found > score(name, targets, predictions)
 
 
+def test_bleu_splits_text_written_without_spaces():
+    chinese = ["我们今天去公园散步了。", "他不喜欢喝咖啡。"]
+    expected = (
+        sacrebleu.metrics.BLEU(tokenize="zh").corpus_score([chinese[0], "他喜欢咖啡。"], [chinese]).score
+    )
+    assert score("bleu", chinese, [chinese[0], "他喜欢咖啡。"]) == pytest.approx(expected)
+    assert 10 < expected < 100
+    assert score("bleu", ["วันนี้เราไปเดินเล่นในสวน"], ["วันนี้เราไปเดินเล่นในสวน"]) == pytest.approx(100)
+    assert metrics.bleu_tokenizer(["Peking (北京) is the capital of China."]) is None
+    assert metrics.bleu_tokenizer(["今日は公園へ散歩に行きました。"]) == "char"
+
+
 def test_rouge_is_that_of_rouge_score_and_takes_the_best_reference():
     scorer = rouge_scorer.RougeScorer(["rouge1", "rouge2", "rougeLsum"], use_stemmer=True)
     pairs = list(zip(TEXTS["targets"], TEXTS["predictions"], strict=True))
