@@ -69,10 +69,10 @@ def run(args: argparse.Namespace) -> int:
     needed = list(inspect.signature(train.prepare).parameters)
     arguments = config.arguments(train.fit, only=needed)
     compiles = _count_compiles()
-    measured, step_times = _measure(arguments, args.steps, num_tasks=args.num_tasks, compiles=compiles)
+    many, measured, step_times = _measure(arguments, args.steps, num_tasks=args.num_tasks, compiles=compiles)
     result = {"import_s": import_s, **measured, "task_loss_overhead": None}
     if not args.skip_overhead:
-        result["task_loss_overhead"] = _overhead(arguments, args.steps, num_tasks=args.num_tasks)
+        result["task_loss_overhead"] = _overhead(many, _start(arguments, num_tasks=1), args.steps)
     if args.json:
         print(json.dumps(result))
     else:
@@ -132,7 +132,8 @@ def _start(arguments: Mapping[str, Any], *, num_tasks: int) -> _Run:
 
 def _measure(
     arguments: Mapping[str, Any], steps: int, *, num_tasks: int, compiles: list[float]
-) -> tuple[dict[str, Any], list[float]]:
+) -> tuple[_Run, dict[str, Any], list[float]]:
+    """Return the run after its steps, the results, and the seconds of each step."""
     import jax
 
     start = time.perf_counter()
@@ -157,7 +158,7 @@ def _measure(
     seconds = statistics.median(times)
     positions = data.batch_size * sum(data.lengths.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
-    return {
+    results = {
         "init_s": init_s,
         "compile_s": compile_s,
         "first_step_s": first_step_s,
@@ -167,14 +168,15 @@ def _measure(
         "flops_compiled": flops,
         "flops_model": model_flops(arguments["model"].config, data.batch_size, data.lengths),
         "recompiles": recompiles,
-    }, times
+    }
+    return run._replace(state=state), results, times
 
 
-def _overhead(arguments: Mapping[str, Any], steps: int, *, num_tasks: int) -> float:
+def _overhead(many: _Run, one: _Run, steps: int) -> float:
     """Compare step times with many tasks and with one, alternating, so that both see the same machine."""
     import jax
 
-    runs = [_start(arguments, num_tasks=n) for n in (num_tasks, 1)]
+    runs = [many, one]
     states = [run.state for run in runs]
     times: list[list[float]] = [[], []]
     for round_ in range(steps + 1):
@@ -182,8 +184,8 @@ def _overhead(arguments: Mapping[str, Any], steps: int, *, num_tasks: int) -> fl
             start = time.perf_counter()
             states[i], _ = jax.block_until_ready(runs[i].program.step(states[i], runs[i].batch))
             times[i].append(time.perf_counter() - start)
-    many, one = (statistics.median(values[1:]) for values in times)  # the first ones compile
-    return many / one - 1
+    with_many, with_one = (statistics.median(values[1:]) for values in times)  # the first ones compile
+    return with_many / with_one - 1
 
 
 def model_flops(config: Any, batch_size: int, lengths: Mapping[str, int]) -> float:

@@ -108,10 +108,10 @@ def test_newcomers_path(mtjax, tmp_path):
     module = "--module=tiny_tasks"
 
     # 1. A vocabulary, and the mixture in the cache with it.
-    out = mtjax("vocab", module, "--mixture=tiny", "--size=60", "--output=vocab.model").stdout
-    assert "60 pieces" in out
+    out = mtjax("vocab", module, "--mixture=tiny", "--size=36", "--output=vocab.model").stdout
+    assert "36 pieces" in out
     out = mtjax("cache", module, "--mixture=tiny", "--vocabulary=vocab.model", "--cache_dir=cache").stdout
-    assert "tiny: 2 tasks, 880 examples, vocabulary of 160 ids" in out
+    assert "tiny: 2 tasks, 880 examples, vocabulary of 136 ids" in out
     assert "(2 written, 0 up to date)" in out
     out = mtjax("tasks", "list", "tiny", module, "--vocabulary=vocab.model", "--cache_dir=cache").stdout
     assert "tiny_parity" in out
