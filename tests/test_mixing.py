@@ -77,13 +77,13 @@ def test_occurrences_count_as_a_loop_does(tasks, seed):
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
 @settings(deadline=None)
 def test_permute_is_a_permutation(size, key):
-    permuted = permutation.permute(np.arange(size), np.int64(size), np.uint64(key))
+    permuted = permutation.permute(np.arange(size), size, key)
     np.testing.assert_array_equal(np.sort(permuted), np.arange(size))
 
 
 def test_permutations_of_few_are_all_about_equally_likely():
     keys = np.arange(24_000, dtype=np.uint64)
-    columns = [permutation.permute(np.full(len(keys), i), np.int64(4), keys) for i in range(4)]
+    columns = [permutation.permute(np.full(len(keys), i), 4, keys) for i in range(4)]
     counts = collections.Counter(zip(*(c.tolist() for c in columns), strict=True))
     assert len(counts) == 24 and max(abs(count - 1000) for count in counts.values()) < 200
 

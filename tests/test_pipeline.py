@@ -12,7 +12,7 @@ import small_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtjax.data import cache, pipeline
+from mtjax.data import cache, pipeline, shard
 from mtjax.data.pipeline import TrainData
 from mtjax.mixing import rates as mixing_rates
 from mtjax.types import Rates
@@ -308,17 +308,29 @@ def test_what_fails_while_reading_ahead_is_raised(cached, tmp_path):
     content = bytearray(path.read_bytes())
     content[100] ^= 1
     path.write_bytes(content)
-    with (
-        opened(tmp_path, mixture="bad", prefetch=2, lag=3) as stream,
-        pytest.raises(ValueError, match="Task 'bad'"),
-    ):
-        next(stream)
+    with opened(tmp_path, mixture="bad", prefetch=2, lag=3) as stream:
+        for _ in range(2):
+            with pytest.raises(ValueError, match="Task 'bad'"):
+                next(stream)
+
+
+def test_rates_that_turn_wrong_are_refused(cached):
+    rates = Rates(
+        init=lambda sizes, names: len(names),
+        rates=lambda state, step: np.full(state, 1.0 if step < 3 else -1.0),
+        observe=lambda state, metrics: state,
+    )
+    with opened(cached, rates=rates) as stream:
+        for _ in range(3):
+            next(stream)
+        with pytest.raises(ValueError, match="'corpus' has rate -1"):
+            next(stream)
 
 
 def test_loading_a_task_into_memory_changes_nothing(cached, monkeypatch):
     with opened(cached) as stream:
         expected = [next(stream) for _ in range(40)]
-    monkeypatch.setattr(pipeline, "_RESIDENT_BYTES", 0)
+    monkeypatch.setattr(shard, "_RESIDENT_BYTES", 0)
     with opened(cached) as stream:
         for batch in expected:
             assert_same(next(stream), batch)

@@ -40,7 +40,7 @@ def fingerprint(value: Any, special: Special = lambda value: None) -> str:
 def source_files(paths: Sequence[str | os.PathLike]) -> list[list[Any]]:
     """Describe source files by path, size and modification time in nanoseconds."""
     found = []
-    for name in sorted(map(os.fspath, paths)):
+    for name in sorted(str(os.fspath(path)) for path in paths):
         status = os.stat(name) if pathlib.Path(name).exists() else None  # a remote file has only its name
         found.append([name, status and status.st_size, status and status.st_mtime_ns])
     return found

@@ -19,13 +19,13 @@ import numpy as np
 
 from mtjax.data import cache, packing
 from mtjax.data.cache import CachedTask
-from mtjax.data.online import INPUTS, TARGETS, Online, check_architecture, online
-from mtjax.data.records import Source
+from mtjax.data.online import INPUTS, TARGETS, check_architecture, online
+from mtjax.data.shard import Reader, Shard, Snapshot
 from mtjax.mixing import permutation, sampler
+from mtjax.mixing import rates as mixing_rates
 from mtjax.types import Rates
 
 _MAX_DEFAULT_SHARDS = 64
-_RESIDENT_BYTES = 512 * 2**20
 _STATE_FORMAT = 1
 
 
@@ -86,138 +86,11 @@ def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-class _Reader:
-    """Turns (task, draw of the task) into an example."""
-
-    def __init__(self, tasks: Sequence[CachedTask], data: TrainData):
-        self.sources: list[Source] = [task.source(data.split) for task in tasks]
-        self.sizes = np.array([len(source) for source in self.sources])
-        self.online: list[Online] = [
-            online(task, data.lengths, architecture=data.architecture) for task in tasks
-        ]
-        self._keys = np.array(
-            [permutation.key("examples", data.seed, task.name) for task in tasks], np.uint64
-        )
-        self._reads = [0] * len(tasks)
-        self._bytes = [
-            sum(entry["bytes"] for entry in task.metadata["splits"][data.split]["files"]) for task in tasks
-        ]
-        self._budget = _RESIDENT_BYTES
-
-    def places(self, tasks_N: np.ndarray, draws_N: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return (example index, noise seed) of each draw: every epoch is shuffled anew."""
-        sizes = self.sizes[tasks_N]
-        keys = permutation.mix(self._keys[tasks_N], draws_N // sizes)
-        indices = permutation.permute(draws_N % sizes, sizes, keys)
-        return indices, permutation.mix(keys, indices)
-
-    def example(self, task: int, occurrence: int, index: int, seed: int) -> packing.Example:
-        """Read example `index` of a task and run its online steps."""
-        source = self.sources[task]
-        self._reads[task] += 1
-        if self._reads[task] == 8 + len(source) // 32 and self._bytes[task] <= self._budget:
-            self._budget -= self._bytes[task]
-            source.load()
-        return packing.Example(task, occurrence, *self.online[task](source.read(index), seed))
-
-
-class _Draws(NamedTuple):
-    """A stretch of a shard's positions: tasks, draws within the shard, example indices, noise seeds."""
-
-    start: int
-    counts_T: np.ndarray  # draws of each task before `start`
-    tasks: list[int]
-    occurrences: list[int]
-    indices: list[int]
-    seeds: list[int]
-
-
-class _Snapshot(NamedTuple):
-    """A shard between two steps; nothing it refers to changes any more."""
-
-    draws: _Draws
-    position: int
-    rows: tuple[tuple[packing.Example, ...], ...]  # the open ones
-
-    def counts(self) -> np.ndarray:
-        """Count the draws of each task so far, int64 [T]."""
-        done = np.array(self.draws.tasks[: self.position - self.draws.start], np.int64)
-        return self.draws.counts_T + np.bincount(done, minlength=len(self.draws.counts_T))
-
-    def state(self) -> dict[str, Any]:
-        """Describe it in JSON: of the examples in open rows only which draws of which tasks they are."""
-        rows = [[[example.task, example.occurrence] for example in row] for row in self.rows]
-        return {"position": self.position, "counts": self.counts().tolist(), "rows": rows}
-
-
-class _Shard:
-    """One virtual shard: its position, its counts and its open rows."""
-
-    def __init__(self, number: int, reader: _Reader, data: TrainData, *, num_shards: int):
-        self._number, self._num_shards, self._seed = number, num_shards, data.seed
-        self._reader = reader
-        self._packer = packing.Packer(
-            data.lengths, window=data.window if data.packing else 0, architecture=data.architecture
-        )
-        self._is_packed = data.packing
-        self._position = 0
-        self._draws = _Draws(0, np.zeros(len(reader.sizes), np.int64), [], [], [], [])
-
-    def rows(self, ends_T: np.ndarray, count: int) -> list[packing.Row]:
-        """Return the next rows, tasks drawn by the intervals ends_T."""
-        found: list[packing.Row] = []
-        while len(found) < count:
-            example = self._next(ends_T)
-            row = self._packer.add(example) if self._is_packed else [example]
-            if row is not None:
-                found.append(row)
-        return found
-
-    def forget_draws(self) -> None:
-        """Draw again from the current position on: the rates have changed."""
-        self._draws = _Draws(self._position, self.snapshot().counts(), [], [], [], [])
-
-    def snapshot(self) -> _Snapshot:
-        """Return the state between two steps."""
-        return _Snapshot(self._draws, self._position, tuple(tuple(row) for row in self._packer.rows))
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go to where `state` was taken; the examples of open rows are read again."""
-        self._position = state["position"]
-        self._draws = _Draws(self._position, np.array(state["counts"], np.int64), [], [], [], [])
-        self._packer.restore([self._read_again(row) for row in state["rows"]])
-
-    def _read_again(self, row: Sequence[Sequence[int]]) -> packing.Row:
-        tasks, occurrences = np.array(row, np.int64).T
-        draws = zip(*self._places(tasks, occurrences), strict=True)
-        return [self._reader.example(*draw) for draw in draws]
-
-    def _next(self, ends_T: np.ndarray) -> packing.Example:
-        if self._position == self._draws.start + len(self._draws.tasks):
-            self._draw(ends_T)
-        _, _, tasks, occurrences, indices, seeds = self._draws
-        k = self._position - self._draws.start
-        self._position += 1
-        return self._reader.example(tasks[k], occurrences[k], indices[k], seeds[k])
-
-    def _draw(self, ends_T: np.ndarray) -> None:
-        counts_T = self.snapshot().counts()
-        tasks = sampler.tasks(
-            ends_T, seed=self._seed, shard=self._number, num_shards=self._num_shards, start=self._position
-        )
-        occurrences = sampler.occurrences(tasks, counts_T)
-        self._draws = _Draws(self._position, counts_T, *self._places(tasks, occurrences))
-
-    def _places(self, tasks: np.ndarray, occurrences: np.ndarray) -> list[list[int]]:
-        indices, seeds = self._reader.places(tasks, occurrences * self._num_shards + self._number)
-        return [array.tolist() for array in (tasks, occurrences, indices, seeds)]
-
-
 class _Step(NamedTuple):
     """A batch, and where the stream stands behind it."""
 
     batch: dict[str, np.ndarray]
-    shards: tuple[_Snapshot, ...]
+    shards: tuple[Snapshot, ...]
     totals: _Totals
 
 
@@ -254,14 +127,20 @@ class Stream:
         """Open at the beginning; `open_stream` checks the arguments."""
         self.tasks: tuple[CachedTask, ...] = mixture.tasks
         self._data = data
-        self._reader = _Reader(mixture.tasks, data)
+        self._reader = Reader(
+            mixture.tasks,
+            data.split,
+            lengths=data.lengths,
+            architecture=data.architecture,
+            seed=data.seed,
+        )
         self._names = [task.name for task in mixture.tasks]
         self._rates = data.rates or mixture.rates
         self._changes = [(0, self._rates.init(self._reader.sizes.astype(np.float64), self._names))]
         self._numbers, self._num_shards = shards, num_shards
         self._seconds_waited = 0.0
         self._prefetcher: _Prefetcher | None = None
-        self._start(0, [_Shard(s, self._reader, data, num_shards=num_shards) for s in shards])
+        self._start(0, self._shards())
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         return self
@@ -306,16 +185,15 @@ class Stream:
             )
         state = self._rates.observe(self._changes[-1][1], metrics)
         if state != self._changes[-1][1]:
-            self._changes.append((at, state))
+            self._changes = [*self._changes_from(self._step), (at, state)]  # replaced, for the thread's sake
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs, in JSON. Of several hosts, `merge_states` joins theirs."""
-        current = max(k for k, (step, _) in enumerate(self._changes) if step <= self._step)
         return {
             "format": _STATE_FORMAT,
             "recipe": self._recipe(),
             "step": self._step,
-            "rates": [list(change) for change in self._changes[current:]],
+            "rates": [list(change) for change in self._changes_from(self._step)],
             "shards": {
                 str(number): snapshot.state()
                 for number, snapshot in zip(self._numbers, self._last.shards, strict=True)
@@ -337,7 +215,7 @@ class Stream:
             raise ValueError(f"The data position lacks shards {missing}; merge the states of all hosts.")
         self.close()
         self._changes = [(step, rates) for step, rates in state["rates"]]
-        shards = [_Shard(s, self._reader, self._data, num_shards=self._num_shards) for s in self._numbers]
+        shards = self._shards()
         for number, shard in zip(self._numbers, shards, strict=True):
             shard.restore(state["shards"][str(number)])
         self._start(state["step"], shards)
@@ -372,20 +250,31 @@ class Stream:
             "seconds_waited": self._seconds_waited,
         }
 
-    def _start(self, step: int, shards: Sequence[_Shard]) -> None:
+    def _shards(self) -> list[Shard]:
+        data = self._data
+        seeds = {"seed": data.seed, "num_shards": self._num_shards}
+        return [Shard(number, self._reader, self._packer(), **seeds) for number in self._numbers]
+
+    def _packer(self) -> packing.Packer | None:
+        data = self._data
+        if not data.packing:
+            return None
+        return packing.Packer(data.lengths, window=data.window, architecture=data.architecture)
+
+    def _start(self, step: int, shards: Sequence[Shard]) -> None:
         zeros = np.zeros(len(self.tasks), np.int64)
         self._step = step
         self._last = _Step({}, tuple(s.snapshot() for s in shards), _Totals(zeros, zeros, zeros, zeros))
         self._steps = self._produce(step, shards)
 
-    def _produce(self, step: int, shards: Sequence[_Shard]) -> Iterator[_Step]:
+    def _produce(self, step: int, shards: Sequence[Shard]) -> Iterator[_Step]:
         """Yield the steps from `step` on; runs ahead of the batches returned."""
         data, totals = self._data, self._last.totals
         rows_per_shard = data.batch_size // self._num_shards
         rates_T = ends_T = np.zeros(0)
         while True:
             if not np.array_equal(new := self._rates_at(step), rates_T):
-                rates_T, ends_T = new, sampler.intervals(new)
+                rates_T, ends_T = new, sampler.intervals(mixing_rates.checked(new, self._names))
                 for shard in shards:
                     shard.forget_draws()
             rows = [row for shard in shards for row in shard.rows(ends_T, rows_per_shard)]
@@ -394,8 +283,13 @@ class Stream:
             yield _Step(batch, tuple(shard.snapshot() for shard in shards), totals)
             step += 1
 
+    def _changes_from(self, step: int) -> list[tuple[int, Any]]:
+        """Return the rate state in force at `step` and those that are still to come."""
+        changes = self._changes
+        return changes[max(k for k, (start, _) in enumerate(changes) if start <= step) :]
+
     def _rates_at(self, step: int) -> np.ndarray:
-        state = next(state for start, state in reversed(self._changes) if start <= step)
+        state = self._changes_from(step)[0][1]
         return np.asarray(self._rates.rates(state, step), np.float64)
 
     def _recipe(self) -> dict[str, Any]:
@@ -426,6 +320,7 @@ class _Prefetcher:
     def __init__(self, steps: Iterator[_Step], depth: int):
         self._steps = steps
         self._is_closed = threading.Event()
+        self._failure: BaseException | None = None
         self._queue: queue.Queue[_Step | BaseException] = queue.Queue(depth)
         self._thread = threading.Thread(target=self._run, name="mtjax-data", daemon=True) if depth else None
         if self._thread:
@@ -435,8 +330,9 @@ class _Prefetcher:
         """Return the next step; what failed in the thread is raised here."""
         if self._thread is None:
             return next(self._steps)
-        step = self._queue.get()
+        step = self._failure or self._queue.get()
         if isinstance(step, BaseException):
+            self._failure = step  # the thread has ended: the next call must not wait for it
             raise step
         return step
 
@@ -494,7 +390,7 @@ def _fixed_examples(
 ) -> Iterator[packing.Example]:
     source, prepare = task.source(split), online(task, lengths, architecture=architecture)
     first = np.arange(min(count, len(source)))
-    indices = permutation.permute(first, np.int64(len(source)), np.uint64(permutation.key(task.name, split)))
+    indices = permutation.permute(first, len(source), permutation.key(task.name, split))
     for index in sorted(indices.tolist()):
         yield packing.Example(number, index, *prepare(source.read(index), index))
 

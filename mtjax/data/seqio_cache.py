@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import concurrent.futures
 import concurrent.futures.process
+import contextlib
 import dataclasses
 import functools
 import inspect
+import itertools
 import json
 import multiprocessing
 import os
 import pathlib
-import shutil
 import sys
 import time
 import traceback
@@ -30,7 +31,7 @@ import tensorflow as tf
 from tensorflow.python.eager import context as tf_context
 
 from mtjax import tree
-from mtjax.data import cache, fingerprint, records
+from mtjax.data import cache, fingerprint, publish, records
 from mtjax.data import vocabulary as vocabularies
 from mtjax.data.objectives import OBJECTIVES
 
@@ -103,7 +104,7 @@ def cache_tasks(
     """
     directory = pathlib.Path(cache_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(directory)
+    publish.remove_abandoned(directory)
     names = list(dict.fromkeys(names))
     todo = [name for name in names if force or _needs_caching(name, directory)]
     unchanged = [name for name in names if name not in set(todo)]
@@ -216,19 +217,14 @@ def _arguments(name: str, step: Callable) -> dict[str, Any]:
 
 def _cache_task(name: str, *, directory: pathlib.Path, info: Info) -> str | None:
     """Write one task and return None, or what went wrong."""
-    temporary = directory / f".tmp-{os.getpid()}-{name}"
     try:
-        temporary.mkdir()
-        metadata = _write_task(_task(name), temporary, directory / cache.VOCABULARIES)
-        metadata |= _described(_task(name), info(name))
-        _write_json(temporary / "metadata.json", metadata)
-        _publish(temporary, directory / name)
+        with publish.folder(directory / name) as temporary:
+            metadata = _write_task(_task(name), temporary, directory / cache.VOCABULARIES)
+            publish.write_json(temporary / "metadata.json", metadata | _described(_task(name), info(name)))
     except Exception as error:  # whatever a user's preprocessor raises must name its task
         if os.environ.get("MTJAX_TRACEBACK"):
             traceback.print_exc()
         return f"{type(error).__name__}: {error}"
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return None
 
 
@@ -268,29 +264,32 @@ def _write_split(
         dataset = seqio.utils.add_kwargs_to_transform(
             step, sequence_length=None, output_features=task.output_features
         )(dataset)
-    features = [name for name in task.output_features if name in dataset.element_spec]
-    _check_features(task, features, dataset.element_spec)
-    counts = _Counts(features)
+    spec: Any = dataset.element_spec
+    features = [name for name in task.output_features if name in spec]
+    _check_features(features, spec)
+    counts, raw_path = publish.Counts(features), directory / f"{split}.examples.jsonl"
+    is_evaluated = split != TRAIN
 
     def encoded() -> Iterator[bytes]:
-        with _Raw(directory / f"{split}.examples.jsonl", keep=split != TRAIN) as raw:
-            for example in _examples(dataset, features, keep_raw=split != TRAIN):
+        with publish.lines(raw_path) if is_evaluated else contextlib.nullcontext() as raw:
+            for example in _examples(dataset, features, keep_raw=is_evaluated):
                 ids = [example[name] for name in features]
                 counts.add(ids)
-                raw.write({k: v for k, v in example.items() if k not in features})
+                if raw is not None:
+                    fields = {k: v for k, v in example.items() if k not in features}
+                    raw.write(json.dumps(fields, ensure_ascii=False) + "\n")
                 yield records.encode(ids, dtype)
 
     files = records.write(encoded(), directory / split)
     if not counts.num_examples:
         raise ValueError(f"split {split!r} has no examples (source {_source_name(task.source)}).")
     entry = counts.entry(split) | {"files": files, "seconds": round(time.monotonic() - started, 2)}
-    if split != TRAIN:
-        path = directory / f"{split}.examples.jsonl"
-        entry["examples"] = {"name": path.name, "bytes": path.stat().st_size}
+    if is_evaluated:
+        entry["examples"] = {"name": raw_path.name, "bytes": raw_path.stat().st_size}
     return features, entry
 
 
-def _check_features(task: seqio.Task, features: Sequence[str], spec: Mapping[str, Any]) -> None:
+def _check_features(features: Sequence[str], spec: Mapping[str, Any]) -> None:
     if "targets" not in features:
         raise ValueError(f"no feature 'targets' after preprocessing, only {sorted(spec)}.")
     for name in features:
@@ -316,8 +315,8 @@ def _examples(
 def _rows(values: Any, *, is_ids: bool) -> list[Any]:
     """Split a batched column into its examples: arrays of ids, or Python values with text decoded."""
     if is_ids and isinstance(values, tf.RaggedTensor):
-        ends = values.row_splits.numpy()
-        return np.split(values.flat_values.numpy(), ends[1:-1])
+        flat, ends = values.flat_values.numpy(), values.row_splits.numpy().tolist()
+        return [flat[start:end] for start, end in itertools.pairwise(ends)]
     if is_ids:
         return list(values.numpy())
     return _plain(values.to_list() if isinstance(values, tf.RaggedTensor) else values.numpy().tolist())
@@ -327,53 +326,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
-
-
-class _Raw:
-    """Writes the raw fields of an evaluation split, one JSON object a line; nothing for other splits."""
-
-    def __init__(self, path: pathlib.Path, *, keep: bool):
-        self._file = path.open("w", encoding="utf-8") if keep else None
-
-    def __enter__(self) -> _Raw:
-        return self
-
-    def write(self, fields: Mapping[str, Any]) -> None:
-        if self._file:
-            self._file.write(json.dumps(fields, ensure_ascii=False) + "\n")
-
-    def __exit__(self, *error: Any) -> None:
-        if self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-
-
-class _Counts:
-    """Counts of one split for metadata.json."""
-
-    def __init__(self, features: Sequence[str]):
-        self._features = features
-        self._lengths: list[list[int]] = []
-
-    @property
-    def num_examples(self) -> int:
-        return len(self._lengths)
-
-    def add(self, ids: Sequence[np.ndarray]) -> None:
-        self._lengths.append([len(feature) for feature in ids])
-
-    def entry(self, split: str) -> dict[str, Any]:
-        lengths = np.array(self._lengths)
-        empty = int((lengths[:, self._features.index("targets")] == 0).sum())
-        if empty == len(lengths):
-            raise ValueError(f"all {empty} targets of split {split!r} are empty.")
-        return {
-            "num_examples": len(lengths),
-            "empty_targets": empty,
-            "tokens": dict(zip(self._features, lengths.sum(0).tolist(), strict=True)),
-            "max_length": dict(zip(self._features, lengths.max(0).tolist(), strict=True)),
-        }
 
 
 # Vocabularies.
@@ -407,7 +359,7 @@ def vocabulary_of(vocabulary: seqio.Vocabulary) -> vocabularies.Vocabulary:
     if vocabulary._normalizer_spec_overrides is None and vocabulary._reverse_extra_ids:
         return _sentencepiece(vocabulary.sentencepiece_model_file, vocabulary.extra_ids)
     # Changed pieces or normalization: keep the model as SeqIO built it.
-    return vocabularies.sentencepiece_from_bytes(vocabulary.sp_model)
+    return vocabularies.sentencepiece_from_bytes(vocabulary.sp_model or b"")
 
 
 def _vocabulary_spec(vocabulary: seqio.Vocabulary, models: pathlib.Path) -> dict[str, Any]:
@@ -415,7 +367,7 @@ def _vocabulary_spec(vocabulary: seqio.Vocabulary, models: pathlib.Path) -> dict
     path = vocabularies.model_path(ours.fingerprint, models)
     if ours.model and not path.is_file():
         models.mkdir(parents=True, exist_ok=True)
-        _write_atomically(path, ours.model)
+        publish.write(path, ours.model)
     return ours.spec()
 
 
@@ -436,7 +388,7 @@ def _write_mixture(mixture: seqio.Mixture, directory: pathlib.Path) -> None:
         "components": _components(mixture),
     }
     (directory / cache.MIXTURES).mkdir(exist_ok=True)
-    _write_json(directory / cache.MIXTURES / f"{mixture.name}.json", content)
+    publish.write_json(directory / cache.MIXTURES / f"{mixture.name}.json", content)
 
 
 class _Counted:
@@ -465,20 +417,17 @@ def _resolved(mixture: seqio.Mixture, tasks: Mapping[str, cache.CachedTask]) -> 
     """
     total: dict[str, float] = {}
     for name, rate in mixture.rate_per_task_name.items():
-        part = mixture._task_map[name]
-        if isinstance(part, seqio.Task):
-            shares = {name: 1.0}
-            value = rate(_Counted(part, tasks[name])) if callable(rate) else rate
+        part, value = mixture._task_map[name], rate
+        if isinstance(part, seqio.Mixture):
+            shares = _resolved(part, tasks)
         else:
-            shares, value = _resolved(part, tasks), rate
-            if callable(rate):
-                raise ValueError(
-                    f"Mixture {mixture.name!r}: the rate of sub-mixture {name!r} must be a number."
-                )
+            shares = {name: 1.0}
+            value = rate(_Counted(part, tasks[name])) if callable(rate) else rate  # pyright: ignore[reportArgumentType]
         whole = sum(shares.values())
-        if not np.isfinite(value) or value < 0 or whole <= 0:
+        if callable(value) or not np.isfinite(value) or value < 0 or whole <= 0:
             raise ValueError(
-                f"Mixture {mixture.name!r}: component {name!r} has rate {value} over a sum {whole}."
+                f"Mixture {mixture.name!r}: component {name!r} has rate {value!r} over parts that sum to {whole}; "
+                "a rate must be a number, not negative, and the parts of a sub-mixture must not all be 0."
             )
         for task, share in shares.items():
             total[task] = total.get(task, 0.0) + float(value) * share / whole
@@ -529,7 +478,7 @@ def _refresh(path: pathlib.Path, described: Mapping[str, Any]) -> None:
     """Rewrite metadata.json where only the description of a task has changed."""
     metadata = json.loads(path.read_text("utf-8"))
     if metadata | described != metadata:
-        _write_json(path, metadata | described)
+        publish.write_json(path, metadata | described)
 
 
 def _source_name(source: Any) -> str:
@@ -546,43 +495,6 @@ def _files(source: Any) -> list[str]:
 
 def _source_bytes(name: str) -> int:
     return sum(os.path.getsize(path) for path in _files(_task(name).source) if os.path.exists(path))
-
-
-def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    _write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8"))
-
-
-def _write_atomically(path: pathlib.Path, content: bytes) -> None:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _publish(temporary: pathlib.Path, final: pathlib.Path) -> None:
-    """Put a finished folder in its place; whenever the process dies, the place holds a whole task or none."""
-    records.fsync(temporary)
-    if final.exists():
-        shutil.rmtree(final) if not (final / "metadata.json").exists() else _retire(final)
-    temporary.rename(final)
-    records.fsync(final.parent)
-
-
-def _retire(final: pathlib.Path) -> None:
-    old = final.with_name(f".tmp-{os.getpid()}-old-{final.name}")
-    final.rename(old)
-    shutil.rmtree(old)
-
-
-def _remove_abandoned(directory: pathlib.Path) -> None:
-    """Delete the unfinished folders and files of processes that are gone."""
-    for path in [*directory.glob(".tmp-*"), *directory.glob("*/.tmp-*")]:
-        try:
-            os.kill(int(path.name.split("-")[1]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _each(

@@ -131,12 +131,13 @@ def model_path(fingerprint: str, directory: str | pathlib.Path) -> pathlib.Path:
 
 
 def _with_sentinels(model: bytes, extra_ids: int) -> bytes:
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto_class: Any = sentencepiece_model_pb2.ModelProto  # pyright: ignore[reportAttributeAccessIssue]
+    proto = proto_class.FromString(model)
     for k in reversed(range(extra_ids)):
         proto.pieces.add(
             piece=f"▁<extra_id_{k}>",
             score=0.0,
-            type=sentencepiece_model_pb2.ModelProto.SentencePiece.USER_DEFINED,
+            type=proto_class.SentencePiece.USER_DEFINED,
         )
     return proto.SerializeToString()
 

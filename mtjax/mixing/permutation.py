@@ -28,15 +28,15 @@ def mix(*values: np.ndarray | int) -> np.ndarray:
     return state
 
 
-def permute(indices: np.ndarray, sizes: np.ndarray, keys: np.ndarray) -> np.ndarray:
+def permute(indices: np.ndarray, sizes: np.ndarray | int, keys: np.ndarray | int) -> np.ndarray:
     """Map each index in [0, size) through the permutation of its size and key, int64.
 
     A generalised Feistel network on [0, a) x [0, b), with a * b just above size, walked until it lands inside
     (Black and Rogaway, Ciphers with arbitrary finite domains, 2002).
     """
-    indices, sizes, keys = np.broadcast_arrays(indices, sizes, keys)
-    result = indices.astype(np.uint64)
-    sizes = sizes.astype(np.uint64)
+    arrays = (np.asarray(values, np.uint64) for values in (indices, sizes, keys))
+    indices, sizes, keys = np.broadcast_arrays(*arrays)
+    result = indices.copy()
     outside = np.arange(result.size)
     while outside.size:
         result[outside] = _feistel(result[outside], sizes[outside], keys[outside])

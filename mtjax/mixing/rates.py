@@ -64,7 +64,7 @@ def static(function: Any) -> Rates:
     )
 
 
-def checked(rates_T: Sequence[float], names: Sequence[str]) -> np.ndarray:
+def checked(rates_T: Sequence[float] | np.ndarray, names: Sequence[str]) -> np.ndarray:
     """Return rates as float64 [T]. Raises ValueError where one is negative or not finite, or all are zero."""
     array = np.asarray(rates_T, np.float64)
     for rate, name in zip(array, names, strict=True):

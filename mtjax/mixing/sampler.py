@@ -32,7 +32,7 @@ def tasks(ends_T: np.ndarray, *, seed: int, shard: int, num_shards: int, start: 
 def _grid(seed: int, shard: int, num_shards: int, block: int) -> np.ndarray:
     key = permutation.key("mixing", seed, shard, block)
     offset = permutation.key("offset", seed) / 2**64 + shard / num_shards + block * _GOLDEN
-    places = permutation.permute(np.arange(BLOCK), np.int64(BLOCK), np.uint64(key))
+    places = permutation.permute(np.arange(BLOCK), BLOCK, key)
     return (places + offset % 1.0) / BLOCK
 
 

@@ -1,0 +1,101 @@
+"""Write cache folders so that, whenever the process dies, a task is there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TextIO
+
+import numpy as np
+
+from mtjax.data import records
+
+
+@contextlib.contextmanager
+def folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Give a temporary folder that takes the place of `final` where the block ends without an error."""
+    temporary = final.with_name(f".tmp-{os.getpid()}-{final.name}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        records.fsync(temporary)
+        _retire(final)
+        temporary.rename(final)
+        records.fsync(final.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write(path: pathlib.Path, content: bytes) -> None:
+    """Replace a file."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Replace a JSON file."""
+    write(path, json.dumps(content, indent=1, ensure_ascii=False).encode("utf-8"))
+
+
+def remove_abandoned(directory: pathlib.Path) -> None:
+    """Delete the unfinished folders and files of processes that are gone."""
+    for path in [*directory.glob(".tmp-*"), *directory.glob("*/.tmp-*")]:
+        try:
+            os.kill(int(path.name.split("-")[1]), 0)
+        except ProcessLookupError:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _retire(final: pathlib.Path) -> None:
+    if final.exists():
+        old = final.with_name(f".tmp-{os.getpid()}-old-{final.name}")
+        final.rename(old)
+        shutil.rmtree(old)
+
+
+@contextlib.contextmanager
+def lines(path: pathlib.Path) -> Iterator[TextIO]:
+    """Open a text file that is on disk when the block ends."""
+    with path.open("w", encoding="utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class Counts:
+    """Counts of one split for metadata.json."""
+
+    def __init__(self, features: Sequence[str]):
+        """Count nothing yet of the given features."""
+        self._features = features
+        self._lengths: list[list[int]] = []
+
+    @property
+    def num_examples(self) -> int:
+        """Return the number of examples added."""
+        return len(self._lengths)
+
+    def add(self, ids: Sequence[np.ndarray]) -> None:
+        """Count one example: the ids of each feature."""
+        self._lengths.append([len(feature) for feature in ids])
+
+    def entry(self, split: str) -> dict[str, Any]:
+        """Return the counts. Raises ValueError where all targets are empty."""
+        lengths = np.array(self._lengths)
+        empty = int((lengths[:, self._features.index("targets")] == 0).sum())
+        if empty == len(lengths):
+            raise ValueError(f"all {empty} targets of split {split!r} are empty.")
+        return {
+            "num_examples": len(lengths),
+            "empty_targets": empty,
+            "tokens": dict(zip(self._features, lengths.sum(0).tolist(), strict=True)),
+            "max_length": dict(zip(self._features, lengths.max(0).tolist(), strict=True)),
+        }
