@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import time
 import zlib
@@ -230,6 +231,11 @@ def restore_parameters(path: Any, abstract_params: Params) -> Params:
     return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves)
 
 
+def _is_news(record: logging.LogRecord) -> bool:
+    """Drop Orbax's warning about checkpoints between evaluations, which have no metric on purpose."""
+    return "did not provide metrics" not in record.getMessage()
+
+
 # --- Writing ----------------------------------------------------------------------------------------------
 
 
@@ -258,6 +264,7 @@ class Checkpointer:
             raise ValueError(f"keep_last must be at least 1, got {keep_last}.")
         if best_mode not in ("min", "max"):
             raise tree.unknown_name("best_mode", best_mode, ["min", "max"])
+        logging.getLogger("absl").addFilter(_is_news)
         self.model_dir = epath.Path(model_dir).absolute()
         self.folder = self.model_dir / FOLDER
         self.best_metric = best_metric
