@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,11 +66,12 @@ class RelativePositionBias(nnx.Module):
     def __call__(self, num_queries: int, num_keys: int) -> Array:
         """Return the bias [H, L, S] of queries and keys that both count from position 0."""
         # Row q is the slice of `values` that starts at num_queries - 1 - q. Copies of `values`, flattened and
-        # cut into rows one shorter, are skewed just so; the gradient is a pad and a sum, where a gather's
-        # would be a scatter-add of L * S entries.
+        # cut into rows one shorter, are skewed just so. A gather would do, but its gradient is a scatter-add
+        # of L * S entries; here it is a pad and a sum, written as a product because XLA sums slowly over a
+        # dim that is not the last one (CPU).
         values = self.by_distance(1 - num_queries, num_keys + 1)
         num_heads, width = values.shape
-        copies = jnp.broadcast_to(values[:, None], (num_heads, num_queries, width)).reshape(num_heads, -1)
+        copies = jnp.einsum("l,hw->hlw", jnp.ones(num_queries, values.dtype), values).reshape(num_heads, -1)
         skewed = copies[:, : num_queries * (width - 1)].reshape(num_heads, num_queries, width - 1)
         return skewed[:, :, num_queries - 1 : num_queries - 1 + num_keys]
 
@@ -101,10 +103,20 @@ def attention_mask(
     return mask
 
 
-def attention_bias(mask: Array, relative_HLS: Array | None = None) -> Array:
-    """Return the float32 bias of attention logits: the relative one, and -1e10 where masked."""
-    masked = jnp.where(mask, 0.0, MASKED).astype(jnp.float32)
-    return masked if relative_HLS is None else masked + relative_HLS.astype(jnp.float32)
+class Bias(NamedTuple):
+    """What is added to attention logits: -1e10 where not visible, and the relative position bias.
+
+    They stay apart: the visible part has rows and no heads, the relative part heads and no rows.
+    """
+
+    visible: Array  # bool, broadcastable to [B, H, L, S]
+    relative: Array | None = None  # float32 [1, H, L, S]
+
+    def __call__(self, logits_BHLS: Array) -> Array:
+        """Add the bias to float32 logits."""
+        if self.relative is not None:
+            logits_BHLS = logits_BHLS + self.relative
+        return jnp.where(self.visible, logits_BHLS, MASKED)
 
 
 class Attention(nnx.Module):
@@ -136,38 +148,36 @@ class Attention(nnx.Module):
         mixed_BLHK = jnp.swapaxes(mixed_BHLK, -3, -2)
         return self.out(mixed_BLHK.reshape(*mixed_BLHK.shape[:-2], -1), context)
 
-    def attend(
-        self, x_BLD: Array, keys_values: tuple[Array, Array], bias_BHLS: Array, context: Context
-    ) -> Array:
+    def attend(self, x_BLD: Array, keys_values: tuple[Array, Array], bias: Bias, context: Context) -> Array:
         """Attend from x to keys and values [B, H, S, K] and project back to [B, L, D]."""
         key_BHSK, value_BHSK = keys_values
         query_BHLK = self.split_heads(self.query(x_BLD, context))
-        logits_BHLS = _logits(query_BHLK, key_BHSK) + bias_BHLS
+        logits_BHLS = bias(_logits(query_BHLK, key_BHSK))
         weights_BHLS = jax.nn.softmax(logits_BHLS, axis=-1).astype(x_BLD.dtype)
         weights_BHLS = checkpoint_name(weights_BHLS, "attention_weights")
         weights_BHLS = dropout(weights_BHLS, self.dropout_rate, context=context, site=20, broadcast_dim=-2)
         return self.project_out(weights_BHLS @ value_BHSK, context)
 
     def __call__(
-        self, x_BLD: Array, source_BSD: Array, bias_BHLS: Array, context: Context, source_context: Context
+        self, x_BLD: Array, source_BSD: Array, bias: Bias, context: Context, source_context: Context
     ) -> Array:
         """Attend from x [B, L, D] to source [B, S, D]; the contexts describe the tokens of each."""
-        return self.attend(x_BLD, self.keys_values(source_BSD, source_context), bias_BHLS, context)
+        return self.attend(x_BLD, self.keys_values(source_BSD, source_context), bias, context)
 
     def decode(
         self,
         x_B1D: Array,
         cache: tuple[Array, Array],
-        bias_BH1S: Array,
+        bias: Bias,
         *,
         step: Array,
         context: Context,
-        prefix: tuple[tuple[Array, Array], Array] | None = None,
+        prefix: tuple[tuple[Array, Array], Bias] | None = None,
     ) -> tuple[Array, tuple[Array, Array]]:
         """Attend from one new position to itself and the cached ones; returns also the grown cache.
 
         The cache holds keys and values [B * num_beams, H, S, K] of the steps so far. A prefix is (keys and
-        values [B, H, P, K], bias [B, H, 1, P]): more positions to attend to, which beams share.
+        values [B, H, P, K], bias): more positions to attend to, which beams share.
         """
         new = self.keys_values(x_B1D, context)
         key_BHSK, value_BHSK = cache = tuple(
@@ -175,25 +185,25 @@ class Attention(nnx.Module):
             for old, entry in zip(cache, new, strict=True)
         )
         if prefix is None:
-            return self.attend(x_B1D, cache, bias_BH1S, context), cache
-        (prefix_key_BHPK, prefix_value_BHPK), prefix_bias_BH1P = prefix
+            return self.attend(x_B1D, cache, bias, context), cache
+        (prefix_key_BHPK, prefix_value_BHPK), prefix_bias = prefix
         sources = prefix_key_BHPK.shape[0]
         query_BH1K = self.split_heads(self.query(x_B1D, context))
-        prefix_logits = _logits(_beams_to_queries(query_BH1K, sources), prefix_key_BHPK) + prefix_bias_BH1P
+        prefix_logits = prefix_bias(_logits(_beams_to_queries(query_BH1K, sources), prefix_key_BHPK))
         prefix_logits = _queries_to_beams(prefix_logits)
-        logits = jnp.concatenate([prefix_logits, _logits(query_BH1K, key_BHSK) + bias_BH1S], -1)
+        logits = jnp.concatenate([prefix_logits, bias(_logits(query_BH1K, key_BHSK))], -1)
         weights = jax.nn.softmax(logits, axis=-1).astype(x_B1D.dtype)
         prefix_weights, own_weights = jnp.split(weights, [prefix_logits.shape[-1]], axis=-1)
         prefix_mixed = _queries_to_beams(_beams_to_queries(prefix_weights, sources) @ prefix_value_BHPK)
         return self.project_out(prefix_mixed + own_weights @ value_BHSK, context), cache
 
     def decode_source(
-        self, x_B1D: Array, keys_values: tuple[Array, Array], bias_BH1S: Array, context: Context
+        self, x_B1D: Array, keys_values: tuple[Array, Array], bias: Bias, context: Context
     ) -> Array:
         """Attend from one position of B * num_beams rows to the keys and values of B sources."""
         rows = keys_values[0].shape[0]
         x_BND = x_B1D.reshape(rows, -1, x_B1D.shape[-1])  # a source's beams become its queries
-        return self.attend(x_BND, keys_values, bias_BH1S, context).reshape(x_B1D.shape)
+        return self.attend(x_BND, keys_values, bias, context).reshape(x_B1D.shape)
 
 
 def _logits(query_BHLK: Array, key_BHSK: Array) -> Array:

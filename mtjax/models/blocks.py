@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mtjax import tree
 from mtjax.models import functional
-from mtjax.models.attention import MASKED, Attention, RelativePositionBias
+from mtjax.models.attention import Attention, Bias, RelativePositionBias
 from mtjax.models.layers import MlpBlock, dropout
 from mtjax.types import Array, Context
 
@@ -94,8 +94,8 @@ def take_rows(cache: Any, rows_B: Array, config: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows_B, axis=dim), cache)
 
 
-def step_bias(table: RelativePositionBias, step: Array, *, max_length: int) -> Array:
-    """Return the bias [1, H, 1, S] of a causal query at position `step` to cached positions."""
+def step_bias(table: RelativePositionBias, step: Array, *, max_length: int) -> Bias:
+    """Return the bias of a causal query at position `step` to max_length cached positions."""
     values = table.by_distance(1 - max_length, max_length)  # [H, 2 S - 1], distance 0 at S - 1
     row_HS = jax.lax.dynamic_slice_in_dim(values, max_length - 1 - step, max_length, axis=1)
-    return jnp.where(jnp.arange(max_length) > step, MASKED, row_HS)[None, :, None]
+    return Bias(jnp.arange(max_length) <= step, row_HS[None, :, None])

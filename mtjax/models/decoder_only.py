@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtjax.models import functional
-from mtjax.models.attention import MASKED, attention_bias, attention_mask
+from mtjax.models.attention import Bias, attention_mask
 from mtjax.models.blocks import (
     attention_block,
     batch_context,
@@ -73,7 +73,7 @@ class DecoderOnlyLayer(nnx.Module):
         self.mlp = mlp_block(config, mlp_key)
         self.dropout_rate = config.dropout_rate
 
-    def __call__(self, x_BLD: Array, bias: Array, context: Context) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x_BLD: Array, bias: Bias, context: Context) -> tuple[Array, dict[str, Array]]:
         """Return the layer's output and its auxiliary losses."""
         drop = residual_dropout(self.dropout_rate, context)
         y_BLD = self.pre_self_attention_layer_norm(x_BLD)
@@ -81,7 +81,7 @@ class DecoderOnlyLayer(nnx.Module):
         y_BLD, aux = self.mlp(self.pre_mlp_layer_norm(x_BLD), context)
         return x_BLD + drop(y_BLD, 1), aux
 
-    def prefill(self, x_BPD: Array, bias: Array, context: Context) -> tuple[Array, dict[str, Any]]:
+    def prefill(self, x_BPD: Array, bias: Bias, context: Context) -> tuple[Array, dict[str, Any]]:
         """Run a whole prefix; returns also its keys and values."""
         y_BPD = self.pre_self_attention_layer_norm(x_BPD)
         prefix = self.self_attention.keys_values(y_BPD, context)
@@ -92,7 +92,7 @@ class DecoderOnlyLayer(nnx.Module):
         self,
         x_B1D: Array,
         cache: dict[str, Any],
-        biases: tuple[Array, Array],
+        biases: tuple[Bias, Bias],
         *,
         step: Array,
         context: Context,
@@ -126,9 +126,9 @@ class Decoder(nnx.Module):
         if not config.logits_via_embedding:
             self.logits_dense = Linear(fan_in_truncated(logits_key, (config.emb_dim, config.vocab_size)))
 
-    def relative(self, mask: Array) -> Array:
+    def bias(self, mask: Array) -> Bias:
         """Return the attention bias of whole sequences."""
-        return attention_bias(mask, self.relpos_bias(mask.shape[-2], mask.shape[-1]))
+        return Bias(mask, self.relpos_bias(*mask.shape[-2:])[None])
 
 
 class DecoderOnly(nnx.Module):
@@ -150,7 +150,7 @@ class DecoderOnly(nnx.Module):
             causal=True,
             prefix_BS=batch.get("decoder_causal_attention") if bidirectional else None,
         )
-        bias = decoder.relative(mask)
+        bias = decoder.bias(mask)
         x_BLD = decoder.token_embedder(batch["decoder_input_tokens"], config.dtype)
         x_BLD = dropout(x_BLD, config.dropout_rate, context=context, site=1000, broadcast_dim=-2)
         x_BLD, aux = functional.run_layers(
@@ -189,7 +189,7 @@ class DecoderOnly(nnx.Module):
             causal=True,
             prefix_BS=prefix_BP if self.config.inputs_bidirectional_attention else None,
         )
-        bias = decoder.relative(mask)
+        bias = decoder.bias(mask)
         _, layers = functional.decode_layers(
             decoder,
             lambda layer, x, _: layer.prefill(x, bias, context),
@@ -221,10 +221,10 @@ class DecoderOnly(nnx.Module):
         keys_P = jnp.arange(prefix_length)
         distance_BP = keys_P - length_B[:, None] - step
         bias_HBP = values_HZ[:, jnp.clip(distance_BP + prefix_length + max_length, 0)]
-        bias_HBP = jnp.where(keys_P < length_B[:, None], bias_HBP, MASKED)
+        visible_BP = keys_P < length_B[:, None]
         biases = (
             step_bias(decoder.relpos_bias, step, max_length=max_length),
-            jnp.moveaxis(bias_HBP, 0, 1)[:, :, None],
+            Bias(visible_BP[:, None, None], jnp.moveaxis(bias_HBP, 0, 1)[:, :, None]),
         )
         x_B1D, layers = functional.decode_layers(
             decoder,

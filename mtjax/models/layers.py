@@ -100,12 +100,20 @@ class MlpBlock(nnx.Module):
 
     def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, dict[str, Array]]:
         """Return the block's output and its auxiliary losses (none)."""
-        hidden_BLF = None
-        for name, activation in zip(self.names, self.activations, strict=True):
-            part_BLF = ACTIVATIONS[activation](getattr(self, name)(x_BLD, context))
-            hidden_BLF = part_BLF if hidden_BLF is None else hidden_BLF * part_BLF
+        parts = [getattr(self, name)(x_BLD, context) for name in self.names]
+        # Recomputed in the backward pass from `parts` alone: elementwise work is cheaper than its memory.
+        hidden_BLF = jax.checkpoint(self.activate)(*parts)
         hidden_BLF = dropout(hidden_BLF, self.dropout_rate, context=context, site=10, broadcast_dim=-2)
         return self.wo(hidden_BLF, context), {}
+
+    def activate(self, *parts: Array) -> Array:
+        """Return the product of the activated projections."""
+        hidden, *others = (
+            ACTIVATIONS[name](part) for name, part in zip(self.activations, parts, strict=True)
+        )
+        for other in others:
+            hidden = hidden * other
+        return hidden
 
 
 class Embed(nnx.Module):
@@ -117,6 +125,16 @@ class Embed(nnx.Module):
     def __call__(self, tokens_BL: Array, dtype: str) -> Array:
         """Return the embeddings [B, L, D] of tokens in the given dtype."""
         return self.embedding[...][tokens_BL].astype(dtype)
+
+    def pair(self, first_BS: Array, second_BL: Array, dtype: str) -> tuple[Array, Array]:
+        """Return the embeddings of two batches of tokens.
+
+        On a CPU by one gather: its gradient then fills one table of zeros, not two.
+        """
+        if jax.default_backend() != "cpu":
+            return self(first_BS, dtype), self(second_BL, dtype)
+        both = self(jnp.concatenate([first_BS, second_BL], axis=1), dtype)
+        return both[:, : first_BS.shape[1]], both[:, first_BS.shape[1] :]
 
     def attend(self, hidden_BLD: Array) -> Array:
         """Return float32 logits [B, L, V] against the embeddings, scaled by 1/sqrt(D)."""

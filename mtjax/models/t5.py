@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtjax.models import functional
-from mtjax.models.attention import attention_bias, attention_mask
+from mtjax.models.attention import Bias, attention_mask
 from mtjax.models.blocks import (
     attention_block,
     batch_context,
@@ -72,7 +72,7 @@ class EncoderLayer(nnx.Module):
         self.mlp = mlp_block(config, mlp_key)
         self.dropout_rate = config.dropout_rate
 
-    def __call__(self, x_BLD: Array, bias: Array, context: Context) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x_BLD: Array, bias: Bias, context: Context) -> tuple[Array, dict[str, Array]]:
         """Return the layer's output and its auxiliary losses."""
         drop = residual_dropout(self.dropout_rate, context)
         y_BLD = self.pre_attention_layer_norm(x_BLD)
@@ -98,7 +98,7 @@ class DecoderLayer(nnx.Module):
         self,
         x_BLD: Array,
         encoded_BSD: Array,
-        biases: tuple[Array, Array],
+        biases: tuple[Bias, Bias],
         contexts: tuple[Context, Context],
     ) -> tuple[Array, dict[str, Array]]:
         """Return the layer's output and its auxiliary losses; biases and contexts: own, encoder's."""
@@ -118,7 +118,7 @@ class DecoderLayer(nnx.Module):
         self,
         x_B1D: Array,
         cache: dict[str, Any],
-        biases: tuple[Array, Array],
+        biases: tuple[Bias, Bias],
         *,
         step: Array,
         context: Context,
@@ -160,7 +160,7 @@ class Encoder(nnx.Module):
     def __call__(self, x_BSD: Array, mask: Array, context: Context) -> tuple[Array, dict[str, Array]]:
         """Encode embeddings; returns also the auxiliary losses."""
         config, length = self.config, x_BSD.shape[1]
-        bias = attention_bias(mask, self.relpos_bias(length, length))
+        bias = Bias(mask, self.relpos_bias(length, length)[None])
         x_BSD = dropout(x_BSD, config.dropout_rate, context=context, site=1000, broadcast_dim=-2)
         x_BSD, aux = functional.run_layers(
             self,
@@ -202,7 +202,7 @@ class Decoder(nnx.Module):
         """Decode embeddings of whole targets; masks and contexts: own, encoder's."""
         config, length = self.config, x_BLD.shape[1]
         context, source_context = contexts
-        biases = (attention_bias(masks[0], self.relpos_bias(length, length)), attention_bias(masks[1]))
+        biases = (Bias(masks[0], self.relpos_bias(length, length)[None]), Bias(masks[1]))
         x_BLD = dropout(x_BLD, config.dropout_rate, context=context, site=1000, broadcast_dim=-2)
         x_BLD, aux = functional.run_layers(
             self,
@@ -231,7 +231,10 @@ class T5(nnx.Module):
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
         source_context = batch_context(batch, "encoder", key=encoder_key)
         context = batch_context(batch, "decoder", key=decoder_key)
-        encoded_BSD, encoder_aux = self._encode(batch, source_context)
+        source_BSD, x_BLD = self.token_embedder.pair(
+            batch["encoder_input_tokens"], batch["decoder_input_tokens"], self.config.dtype
+        )
+        encoded_BSD, encoder_aux = self._encode(source_BSD, batch, source_context)
         masks = (
             attention_mask(
                 keys_BS=batch["decoder_target_tokens"] > 0,
@@ -245,7 +248,6 @@ class T5(nnx.Module):
                 key_segments_BS=source_context.segment_ids,
             ),
         )
-        x_BLD = self.token_embedder(batch["decoder_input_tokens"], self.config.dtype)
         hidden_BLD, decoder_aux = self.decoder(x_BLD, encoded_BSD, masks, (context, source_context))
         return Features(hidden_BLD, add_aux(encoder_aux, decoder_aux))
 
@@ -255,17 +257,22 @@ class T5(nnx.Module):
             return self.token_embedder.attend(hidden_BLD)
         return self.decoder.logits_dense(hidden_BLD.astype(jnp.float32), Context())
 
-    def _encode(self, batch: Mapping[str, Array], context: Context) -> tuple[Array, dict[str, Array]]:
-        tokens_BS = batch["encoder_input_tokens"]
+    def _encode(
+        self, x_BSD: Array, batch: Mapping[str, Array], context: Context
+    ) -> tuple[Array, dict[str, Array]]:
         mask = attention_mask(
-            keys_BS=tokens_BS > 0, query_segments_BL=context.segment_ids, key_segments_BS=context.segment_ids
+            keys_BS=batch["encoder_input_tokens"] > 0,
+            query_segments_BL=context.segment_ids,
+            key_segments_BS=context.segment_ids,
         )
-        return self.encoder(self.token_embedder(tokens_BS, self.config.dtype), mask, context)
+        return self.encoder(x_BSD, mask, context)
 
     def encode(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Encode unpacked inputs for decoding: `encoded`, the token mask, and each row's task id if given."""
         context = batch_context(batch, "encoder", key=None)
-        encoding = {"encoded": self._encode(batch, context)[0], "mask": batch["encoder_input_tokens"] > 0}
+        tokens_BS = batch["encoder_input_tokens"]
+        x_BSD = self.token_embedder(tokens_BS, self.config.dtype)
+        encoding = {"encoded": self._encode(x_BSD, batch, context)[0], "mask": tokens_BS > 0}
         if context.task_ids is not None:
             encoding["task_ids"] = context.task_ids.max(axis=1, keepdims=True)  # padding has -1
         return encoding
@@ -296,7 +303,7 @@ class T5(nnx.Module):
         context = cache_context(cache, num_beams=tokens_B.shape[0] // cache["mask"].shape[0])
         biases = (
             step_bias(decoder.relpos_bias, step, max_length=jax.tree.leaves(cache["own"])[0].shape[-2]),
-            attention_bias(attention_mask(keys_BS=cache["mask"])),
+            Bias(attention_mask(keys_BS=cache["mask"])),
         )
         x_B1D, layers = functional.decode_layers(
             decoder,
