@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="latest, best, all, or steps between commas (default: latest)",
     )
     parser.add_argument(
-        "--max_examples", type=int, metavar="N", help="the first N of every task (default: all)"
+        "--max_examples", type=int, metavar="N", help="N of every task, evenly spread (default: all)"
     )
     parser.add_argument("--no_baselines", action="store_true", help="leave out the trivial baselines")
     parser.add_argument("--no_predictions", action="store_true", help="do not write predictions")
@@ -64,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         results = _evaluate(opened, args, mixture, predictor, step, baselines)
         failed += [f"{result.task} at step {step}: {result.error}" for result in results if result.error]
     _show_series(opened, args, mixture.name)
+    print(f"{predictor.num_compilations()} shapes were compiled.")
     if failed:
         print(f"{len(failed)} evaluations failed:\n  " + "\n  ".join(failed))
     return 1 if failed else 0
@@ -141,6 +142,7 @@ def _evaluate(
         path = evaluate.results_path(opened.directory, mixture.name)
         evaluate.write_results(path, results, step=step, split=args.split, decode=args.decode)
     screen.console().print(results_table(results, f"step {step}, {args.split}, {args.decode}"))
+    print(_verdict(results))
     return results
 
 
@@ -151,7 +153,7 @@ def results_table(results: Sequence[Any], title: str) -> Any:
     rows: list[tuple[Any, ...]] = []
     for result in results:
         if result.error:
-            rows.append((result.task, result.family, "FAILED", "-", "-", "", "-", "-"))
+            rows.append((result.task, result.family, "FAILED", "-", "", "", "-", "-"))
         for name, score in result.scores.items():
             baseline = result.baselines.get(name)
             better = {True: "yes", False: "no", None: ""}[result.beats_baseline(name)]
@@ -169,6 +171,20 @@ def results_table(results: Sequence[Any], title: str) -> Any:
         "tokens",
     )
     return screen.table(title, columns, rows)
+
+
+def _verdict(results: Sequence[Any]) -> str:
+    """Say how many tasks are clearly better than their trivial baseline by their first score."""
+    firsts = {result.task: next(iter(result.scores), "") for result in results}
+    better = {result.task: result.beats_baseline(firsts[result.task]) for result in results}
+    compared = [task for task, is_better in better.items() if is_better is not None]
+    if not compared:
+        return ""
+    others = [task for task in compared if not better[task]]
+    return (
+        f"{len(compared) - len(others)} of {len(compared)} tasks are better than their trivial baseline's 95 % "
+        "bootstrap interval" + (f"; not {', '.join(others)}" if others else "")
+    )
 
 
 def _show_series(opened: model_dir.Run, args: argparse.Namespace, mixture: str) -> None:
@@ -190,7 +206,9 @@ def _show_series(opened: model_dir.Run, args: argparse.Namespace, mixture: str) 
     steps = sorted({line["step"] for line in lines})
     if len(steps) > 1:
         means = plots.family_means(lines)
-        rows = [(family, *(means[family].get(step, "-") for step in steps)) for family in means]
+        bits = plots.family_means(lines, lambda line: line["scores"].get("bits_per_byte"))
+        means |= {f"{family}, bits per byte": points for family, points in bits.items()}
+        rows = [(family, *(points.get(step, "-") for step in steps)) for family, points in means.items()]
         columns = ("family", *(f"step {step}" for step in steps))
         screen.console().print(screen.table("mean score of each family's tasks", columns, rows))
     print(f"Results: {path}, plot: {plot}")

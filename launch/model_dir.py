@@ -104,7 +104,9 @@ def open_run(args: argparse.Namespace) -> Run:
     from mtjax.launch import config, prepare
     from mtjax.launch.train import program_arguments
 
-    directory = Path(args.model_dir)
+    if args.batch_size is not None and args.batch_size < 1:
+        raise ValueError(f"--batch_size must be at least 1, got {args.batch_size}.")
+    directory = Path(args.model_dir).absolute()
     if not (directory / CONFIG).is_file():
         near = sorted(str(path.parent) for path in directory.parent.glob(f"*/{CONFIG}"))
         hint = f" Runs beside it: {', '.join(near[:5])}." if near else ""

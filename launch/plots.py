@@ -9,6 +9,7 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure  # without pyplot, which would look for a display
+from matplotlib.ticker import MaxNLocator
 
 Line = Mapping[str, Any]  # of a results file (evaluate.write_results)
 Points = dict[int, float]  # by step
@@ -40,12 +41,13 @@ def series(path: str | os.PathLike, lines: Sequence[Line], *, title: str) -> Non
                 label=family,
             )
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     left.set_title("score: each task's first metric")
     left.set_ylim(0, 100)
     right.set_title("loss: nats per target token")
     right.set_ylim(bottom=0)
-    right.legend(loc="upper right", fontsize="small", ncols=1 + len(families) // 12)
+    figure.legend(*right.get_legend_handles_labels(), loc="outside right upper", fontsize="small")
     figure.suptitle(title)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)

@@ -201,18 +201,23 @@ def read(
 ) -> Examples:
     """Read a split as the model sees it: objective applied, cut to `lengths`, EOS at the end.
 
-    The noise of an example is the same in every evaluation. Examples without target tokens are left out.
+    With a limit, that many examples, evenly spread over the split: their order may mean something. The noise
+    of an example is the same in every evaluation. Examples without target tokens are left out.
     """
     source, prepare = task.source(split), online(task, lengths, architecture=architecture)
     count = min(len(source), limit or len(source))
+    # Training splits keep no raw text; it is read off the ids.
+    has_text = "examples" in task.metadata["splits"][split]
+    raws: list[dict[str, Any]] = task.examples(split) if has_text else [{}] * len(source)
     found = Examples([], [], [], [], [])
-    for i, raw in enumerate(task.examples(split)[:count]):
+    for number in range(count):
+        i = number * len(source) // count
         inputs, targets, _ = prepare(source.read(i), i)
         if not len(targets):
             continue
         found.ids.append(Example(inputs, targets, task_id))
-        found.raw.append(raw)
-        for texts, text in zip(found[2:], _texts(task, raw, inputs, targets), strict=True):
+        found.raw.append(raws[i])
+        for texts, text in zip(found[2:], _texts(task, raws[i], inputs, targets), strict=True):
             texts.append(text)
     return found
 

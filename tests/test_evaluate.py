@@ -1,3 +1,4 @@
+import argparse
 import functools
 import json
 import math
@@ -259,10 +260,10 @@ def test_rank_equals_brute_force_over_the_options(params, tasks, tmp_path):
             assert line["prediction"] == listed[int(np.argmax(scores))]
 
 
-def test_first_examples_only(params, tasks, tmp_path, results):
+def test_fewer_examples_are_spread_over_the_split(params, tasks, tmp_path, results):
     (result,) = run(params, tasks[:1], max_examples=3, predictions_dir=tmp_path)
     assert result.num_examples == 3
-    whole = lines_of(results[1], "eval_choices")[:3]
+    whole = [lines_of(results[1], "eval_choices")[i] for i in (0, 4, 8)]
     for line, expected in zip(lines_of(tmp_path, "eval_choices"), whole, strict=True):
         assert line | {"logprob": 0} == expected | {"logprob": 0}
         assert line["logprob"] == pytest.approx(expected["logprob"], rel=1e-5)
@@ -358,3 +359,117 @@ def test_series_of_checkpoints_is_plotted(tmp_path):
     plots.series(tmp_path / "mix.png", lines, title="mix")
     image = (tmp_path / "mix.png").read_bytes()
     assert image.startswith(b"\x89PNG") and len(image) > 10_000
+
+
+def test_a_training_split_is_read_off_its_ids(params, tasks):
+    (result,) = run(params, tasks[1:2], split="train", max_examples=4, with_baselines=True)
+    assert (result.error, result.num_examples) == (None, 4)
+    assert result.baselines["accuracy"].name == "majority"
+
+
+# The command's choice of checkpoints.
+
+
+def opened(folder, *, metric="validation/loss", mode="min", train_steps=30):
+    """Open a run whose directory holds checkpoints but no configuration."""
+    from mtjax import train
+    from mtjax.launch import model_dir
+
+    evaluation = train.Evaluation(every=10, metric=metric, mode=mode)
+    return model_dir.Run(folder, {"evaluation": evaluation, "train_steps": train_steps}, [], None, None)
+
+
+def save(folder, *losses):
+    """Save a real checkpoint at steps 10, 20, ... with these validation losses (None: not evaluated)."""
+    from mtjax import checkpoint
+
+    saver = checkpoint.Checkpointer(
+        folder, keep_last=9, best_metric="validation/loss", best_mode="min", asynchronous=False
+    )
+    for step, loss in zip(range(10, 99, 10), losses, strict=False):
+        values = None if loss is None else {"validation/loss": loss, "validation/accuracy": -loss}
+        saver.save(step, {"params": {"w": jnp.ones(2)}}, host={}, meta={}, metrics=values)
+    saver.close()
+
+
+def test_checkpoints_are_chosen_by_name_or_step(tmp_path):
+    from mtjax.launch import model_dir
+
+    save(tmp_path, 3.0, 1.0, 2.0)
+    run_ = opened(tmp_path)
+    choices = {
+        "all": [10, 20, 30],
+        "latest": [30],
+        "best": [20],
+        "30,10": [10, 30],
+        "10,latest,best,10": [10, 20, 30],
+    }
+    for text, steps in choices.items():
+        assert model_dir.chosen_steps(run_, text) == steps
+    highest = opened(tmp_path, metric="validation/accuracy", mode="max")
+    assert model_dir.chosen_steps(highest, "best") == [20]
+    lowest = opened(tmp_path, metric="validation/accuracy", mode="min")
+    assert model_dir.chosen_steps(lowest, "best") == [10]
+    with pytest.raises(ValueError, match=r"No checkpoint of step 21 .* the nearest: \[20, 30, 10\]"):
+        model_dir.chosen_steps(run_, "10,21")
+    with pytest.raises(ValueError, match="Did you mean 'latest'"):
+        model_dir.chosen_steps(run_, "lastest")
+
+
+def test_no_checkpoint_and_no_best_are_errors(tmp_path):
+    from mtjax.launch import model_dir
+
+    with pytest.raises(ValueError, match="no complete checkpoint yet"):
+        model_dir.chosen_steps(opened(tmp_path), "latest")
+    save(tmp_path, None)
+    with pytest.raises(ValueError, match=r"none is best. Choose of \[10\]"):
+        model_dir.chosen_steps(opened(tmp_path), "best")
+
+
+def test_watching_yields_new_checkpoints_until_the_last_step(tmp_path):
+    from mtjax.launch import eval as command
+
+    args = argparse.Namespace(watch=True, checkpoints="latest", timeout=30.0)
+    save(tmp_path, 3.0, 1.0)
+    steps = command._steps(opened(tmp_path), args)
+    assert next(steps) == 20
+    save(tmp_path, 3.0, 1.0, 2.0)  # 10 and 20 are there already
+    assert list(steps) == [30]
+
+
+def test_watching_gives_up_after_the_timeout(tmp_path, capsys):
+    from mtjax.launch import eval as command
+
+    args = argparse.Namespace(watch=True, checkpoints="all", timeout=0.05)
+    save(tmp_path, 3.0)
+    assert list(command._steps(opened(tmp_path), args)) == [10]
+    assert "No new checkpoint for 0.05 s; the last step would be 30" in capsys.readouterr().out
+
+
+def test_another_vocabulary_than_the_checkpoints_is_an_error(tmp_path, tasks):
+    from mtjax.launch import model_dir
+
+    fingerprint = tasks[0].vocabulary("targets").fingerprint
+    model_dir.check_vocabulary(opened(tmp_path), {"vocabulary": {"trained": fingerprint}}, tasks)
+    with pytest.raises(ValueError, match=r"task 'eval_choices' .* is not the one that .*\(other\)"):
+        model_dir.check_vocabulary(opened(tmp_path), {"vocabulary": {"trained": "other"}}, tasks)
+
+
+def test_the_table_shows_failures_and_baselines():
+    from mtjax.launch import eval as command
+
+    results = [
+        evaluate.TaskResult("broken", "f", error="OSError: gone"),
+        evaluate.TaskResult(
+            "fine",
+            "f",
+            {"accuracy": 70.0},
+            baselines={"accuracy": evaluate.Baseline("majority", 50.0, 40.0, 60.0)},
+        ),
+    ]
+    table = command.results_table(results, "title")
+    cells = {column.header: list(column.cells) for column in table.columns}
+    assert cells["metric"] == ["FAILED", "accuracy"]
+    assert cells["trivial baseline"] == ["", "50 majority"]
+    assert cells["clearly better"] == ["", "yes"]
+    assert command._verdict(results).startswith("1 of 1 tasks are better")
