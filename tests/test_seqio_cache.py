@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -371,13 +372,17 @@ def test_sentencepiece_models_are_kept_with_the_cache(lines, tmp_path):
 
 
 PARALLEL = """
-import functools, os, pathlib, sys
+import functools, os, pathlib, sys, time
 import seqio, tensorflow as tf
 from mtjax.data import cache, seqio_cache
 folder = pathlib.Path(sys.argv[1])
 def parse(dataset):
     return dataset.map(lambda line: {"inputs": line, "targets": line})
 def die(dataset):
+    if sys.argv[2] == "orphan":
+        print("worker", os.getpid(), flush=True)
+        os.kill(os.getppid(), 9)
+        time.sleep(60)
     os._exit(9)
 steps = [parse, seqio.preprocessors.tokenize, seqio.preprocessors.append_eos]
 names = []
@@ -385,7 +390,7 @@ for n in range(6):
     (folder / f"{n}.txt").write_text("some text\\n" * (n + 1))
     names.append(f"t{n}")
     seqio.TaskRegistry.add(names[-1], source=seqio.TextLineDataSource({"train": str(folder / f"{n}.txt")}),
-        preprocessors=[die, *steps] if n == 5 and sys.argv[2] == "die" else steps,
+        preprocessors=[die, *steps] if n == 5 and sys.argv[2] != "live" else steps,
         output_features={k: seqio.Feature(seqio.ByteVocabulary()) for k in ("inputs", "targets")})
 try:
     pids = []
@@ -397,10 +402,10 @@ print([len(cache.open_task(folder / "cache", n).source("train")) for n in cache.
 """
 
 
-def parallel(tmp_path, how):
+def parallel(tmp_path, how, returncode=0):
     command = [sys.executable, "-c", PARALLEL, str(tmp_path), how]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == returncode, done.stderr[-3000:]
     return done.stdout
 
 
@@ -417,3 +422,19 @@ def test_a_worker_that_dies_is_reported_and_the_run_can_be_repeated(tmp_path):
     said = parallel(tmp_path, "die")
     assert "t5: a worker process died" in said
     assert "written" in parallel(tmp_path, "live")
+
+
+@pytest.mark.slow
+@pytest.mark.multiprocess
+def test_a_killed_run_leaves_no_half_task_and_no_process(tmp_path):
+    said = parallel(tmp_path, "orphan", returncode=-9)
+    worker = int(said.split("worker")[1].split()[0])
+    deadline = time.monotonic() + 30
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.kill(worker, 0)
+            time.sleep(0.2)
+    assert "t5" not in cache.task_names(tmp_path / "cache")
+    assert "written" in parallel(tmp_path, "live")
+    assert cache.task_names(tmp_path / "cache") == [f"t{n}" for n in range(6)]
+    assert not list((tmp_path / "cache").glob(".tmp*"))

@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import pathlib
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -509,7 +510,9 @@ def _each(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*fork.*")  # of JAX and Python 3.12: workers use no JAX
         context = multiprocessing.get_context("fork")
-        with concurrent.futures.ProcessPoolExecutor(min(workers, len(names)), context) as pool:
+        with concurrent.futures.ProcessPoolExecutor(
+            min(workers, len(names)), context, _watch_parent, (os.getpid(),)
+        ) as pool:
             futures = {pool.submit(_run_job, name): name for name in names}
             for future in concurrent.futures.as_completed(futures):
                 try:
@@ -519,6 +522,17 @@ def _each(
 
 
 _job: Callable[[str], str | None] = str
+
+
+def _watch_parent(parent: int) -> None:
+    """Let this worker end when its parent was killed: it would wait for jobs for ever."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _run_job(name: str) -> str | None:
