@@ -36,7 +36,9 @@ def lookup(name: str) -> Any:
         importlib.import_module(module)
     if name not in names():
         error = tree.unknown_name("task or mixture", name, names())
-        raise ValueError(f"{error} Tasks of your own need --module=MODULE.")
+        raise ValueError(
+            f"{error} Tasks of your own need --module=MODULE, those of a folder of JSON lines MTJAX_DATA=FOLDER."
+        )
     return seqio.get_mixture_or_task(name)
 
 
