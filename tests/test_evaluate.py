@@ -246,6 +246,8 @@ def test_beating_a_baseline_means_outside_its_interval():
     )
     assert result.beats_baseline("accuracy") is False
     assert result.beats_baseline("bits_per_byte") is True
+    result.scores["bits_per_byte"] = 2.5
+    assert result.beats_baseline("bits_per_byte") is False
     assert result.beats_baseline("rouge1") is None
 
 

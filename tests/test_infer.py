@@ -129,6 +129,16 @@ def test_resume_after_truncation_equals_the_straight_run(params, tmp_path, mode,
     assert (summary.lines, summary.done_before) == (WINDOW + 6, kept)
 
 
+def test_resumed_samples_are_those_of_the_straight_run(params, tmp_path):
+    source = write(tmp_path / "in.jsonl", requests(WINDOW + 6))
+    run(params, source, tmp_path / "straight.jsonl", decode="sample")
+    straight = (tmp_path / "straight.jsonl").read_bytes()
+    target = tmp_path / "out.jsonl"
+    target.write_bytes(b"".join(straight.splitlines(keepends=True)[: WINDOW + 3]))
+    run(params, source, target, decode="sample")
+    assert target.read_bytes() == straight
+
+
 def test_a_finished_run_does_nothing(params, tmp_path):
     source, target = write(tmp_path / "in.jsonl", requests(3)), tmp_path / "out.jsonl"
     run(params, source, target)

@@ -156,6 +156,14 @@ def test_rank_without_options_is_an_error():
         predict.rank(predictor(mode="rank"), params, examples, [[[3, 1]], []])
 
 
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [([5, 1, 7, 0], [5]), ([5, 0, 7, 1], [5]), ([5, 7], [5, 7]), ([1], []), ([], [])],
+)
+def test_a_prediction_ends_before_eos_or_padding(tokens, expected):
+    assert predict.before_eos(tokens, 1) == expected
+
+
 def test_compiles_once_a_shape():
     params, examples = parameters(MODELS["encoder_decoder"]), make_examples(9, longest=(79, 39))
     fresh = predictor.__wrapped__(batch_size=4)
