@@ -141,6 +141,21 @@ def test_a_change_of_rates_is_exact_and_survives_a_restore(cached, prefetch, kil
     assert all(large[:9]) and not any(large[-10:])
 
 
+@pytest.mark.parametrize("prefetch", [0, 3])
+def test_a_change_of_rates_takes_effect_at_its_step(cached, prefetch):
+    options = {"lag": 4, "packing": False, "batch_size": 32}
+    with opened(cached, rates=switching(1.0), prefetch=prefetch, **options) as stream:
+        batches = [next(stream) for _ in range(5)]
+        stream.observe(5, {"loss": 0.5})
+        batches += [next(stream) for _ in range(10)]
+        task_id = [task.name for task in stream.tasks].index("large")
+    with opened(cached, rates=switching(0.0), **options) as stream:
+        for batch in batches[:9]:
+            assert_same(batch, next(stream))
+        assert (next(stream)["decoder_task_ids"] == task_id).any()
+    assert not any((batch["decoder_task_ids"] == task_id).any() for batch in batches[9:])
+
+
 def test_unchanged_rates_leave_the_stream_alone(cached):
     with opened(cached, rates=switching(1.0)) as one, opened(cached) as two:
         for step in range(1, 10):

@@ -344,6 +344,13 @@ def test_mixtures_are_cached_with_their_rates(lines, tmp_path):
     assert cache.open_mixture(directory, "a").tasks[0].name == "a"
     with pytest.raises(ValueError, match=r"Did you mean 'outer'"):
         seqio_cache.cache_mixture("outre", directory)
+    for name, rates, message in (
+        ("negative", (-1.0, 1.0), "'negative': component 'a' has rate -1.0"),
+        ("zero", (0.0, 0.0), "All rates are zero"),
+    ):
+        seqio.MixtureRegistry.add(name, list(zip("ab", rates, strict=True)))
+        with pytest.raises(ValueError, match=message):
+            seqio_cache.cache_mixture(name, directory)
 
 
 def test_sentencepiece_models_are_kept_with_the_cache(lines, tmp_path):

@@ -35,6 +35,7 @@ from mtjax import tree
 from mtjax.data import cache, fingerprint, publish, records
 from mtjax.data import vocabulary as vocabularies
 from mtjax.data.objectives import OBJECTIVES
+from mtjax.mixing import rates as mixing_rates
 
 TRAIN = "train"
 _EOS = ("append_eos", "append_eos_after_trim", "trim")
@@ -380,6 +381,7 @@ def _write_mixture(mixture: seqio.Mixture, directory: pathlib.Path) -> None:
     tasks = {task.name: cache.open_task(directory, task.name) for task in mixture.tasks}
     cache.check_vocabularies(mixture.name, list(tasks.values()))
     rates = _resolved(mixture, tasks)
+    mixing_rates.checked(list(rates.values()), list(rates))
     content = {
         "format": cache.FORMAT,
         "name": mixture.name,
