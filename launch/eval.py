@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _steps(opened: model_dir.Run, args: argparse.Namespace) -> Iterator[int]:
     """Yield the chosen steps and then, watching, every new one up to the end of training."""
-    from mtjax import checkpoint
+    from mtjax import checkpoint, train
 
     if not args.watch:
         yield from model_dir.chosen_steps(opened, args.checkpoints)
@@ -82,7 +82,10 @@ def _steps(opened: model_dir.Run, args: argparse.Namespace) -> Iterator[int]:
     if seen:
         chosen = model_dir.chosen_steps(opened, args.checkpoints)
         yield from chosen
-    while last not in seen:
+    while last not in seen and not (
+        train.has_finished(opened.directory)
+        and seen.issuperset(checkpoint.checkpoint_steps(opened.directory))
+    ):
         step = checkpoint.wait_for_new_checkpoint(opened.directory, seen, timeout=args.timeout)
         if step is None:
             print(f"No new checkpoint for {args.timeout:g} s; the last step would be {last}.")

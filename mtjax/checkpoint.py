@@ -108,7 +108,7 @@ def find(path: Any) -> epath.Path:
     <model_dir>/checkpoints/<step>, or T5X's spelling <model_dir>/checkpoint_<step>. Raises ValueError where
     there is none.
     """
-    path = epath.Path(str(path).rstrip("/"))
+    path = epath.Path(str(path).rstrip("/")).absolute()
     if path.name.isdigit() and path.parent.name == FOLDER:
         model_dir, step = path.parent.parent, int(path.name)
     elif path.name.startswith("checkpoint_") and path.name[11:].isdigit() and not path.exists():

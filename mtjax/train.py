@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mtjax import checkpoint, evaluate, log, monitor, optim, program, sharding
+from mtjax import checkpoint, evaluate, log, monitor, optim, predict, program, sharding
 from mtjax.data import cache, pipeline
 from mtjax.losses import LossConfig, TaskSums
 from mtjax.program import Program, StepMetrics, TaskTable, TrainState
 from mtjax.types import Balancer, Model, Params, Peft
+
+FINISHED = "finished.json"  # in a model directory whose training has ended
 
 
 class NonFiniteError(RuntimeError):
@@ -286,9 +290,11 @@ def fit(
             patience.restore(position["patience"])
             seen.restore(position["seen"])
         if start >= train_steps or patience.has_run_out():
+            _mark_finished(model_dir, start)
             writer.text(f"{model_dir} is already trained, to step {start} of {train_steps}.")
             return {}
-        return _loop(
+        _mark_finished(model_dir, None)
+        scalars = _loop(
             run,
             state,
             stream,
@@ -304,6 +310,21 @@ def fit(
             log_every=log_every,
             profile=lambda step: _profile(step, profile_steps, model_dir),
         )
+        checkpointer.wait()
+        _mark_finished(model_dir, checkpointer.latest())
+        return scalars
+
+
+def _mark_finished(model_dir: str, step: int | None) -> None:
+    """Say that training ended at a step (or goes on), for who watches the checkpoints."""
+    if jax.process_index() == 0:
+        path = Path(model_dir) / FINISHED
+        path.unlink(missing_ok=True) if step is None else path.write_text(json.dumps({"step": step}), "utf-8")
+
+
+def has_finished(model_dir: str | os.PathLike) -> bool:
+    """Tell whether the run in model_dir took its last step; what stopped it may be early stopping."""
+    return (Path(model_dir) / FINISHED).exists()
 
 
 def _validation(
@@ -325,32 +346,48 @@ def _validation(
         architecture=data.architecture,
     )
 
-    def validate(params: Params) -> dict[str, float]:
-        scalars = _validate(run, params, batches)
-        if evaluation.decode:
-            scalars |= _decoded(run, model, params, data, tasks, evaluation)
-        return scalars
-
-    return validate
+    decode = _decoder(run, model, data, tasks, evaluation) if evaluation.decode else lambda params: {}
+    return lambda params: _validate(run, params, batches) | decode(params)
 
 
-def _decoded(run, model, params, data, tasks, evaluation) -> dict[str, float]:
-    """Decode a few validation examples a task and score them by the task's metrics."""
-    results = evaluate.evaluate_mixture(
+def _decoder(
+    run: Program,
+    model: Model,
+    data: pipeline.TrainData,
+    tasks: Sequence[cache.CachedTask],
+    evaluation: Evaluation,
+) -> Callable[[Params], dict[str, float]]:
+    """Build what decodes a few validation examples a task and scores them by the task's metrics."""
+    predictor = predict.predictor(
         model,
-        params,
-        tasks,
-        split=evaluation.split,
         lengths=data.lengths,
         batch_size=data.batch_size,
-        max_examples=evaluation.decode,
         mesh=run.mesh,
+        architecture=data.architecture,
     )
-    return {
-        f"validation/task/{result.task}/{name}": float(score)
-        for result in results
-        for name, score in result.scores.items()
-    }
+
+    def decode(params: Params) -> dict[str, float]:
+        results = evaluate.evaluate_mixture(
+            model,
+            params,
+            tasks,
+            split=evaluation.split,
+            lengths=data.lengths,
+            batch_size=data.batch_size,
+            mesh=run.mesh,
+            architecture=data.architecture,
+            max_examples=evaluation.decode,
+            predictor=predictor,
+        )
+        if errors := [f"{result.task}: {result.error}" for result in results if result.error]:
+            raise ValueError("Decoding validation examples failed for\n  " + "\n  ".join(errors))
+        return {
+            f"validation/task/{result.task}/{name}": float(score)
+            for result in results
+            for name, score in result.scores.items()
+        }
+
+    return decode
 
 
 def _loop(

@@ -164,7 +164,14 @@ def test_early_stopping_stops(fit):
         saving=train.Saving(every=0),
     )
     assert lines(run)[-1]["step"] == 3
+    assert train.has_finished(run)
     assert checkpoint.checkpoint_steps(str(run)) == [3]
+
+
+def test_decoded_metrics_are_logged_beside_the_loss(fit):
+    run = fit(evaluation=train.Evaluation(every=4, examples=2, decode=3))
+    validation = [line for line in lines(run) if "validation/loss" in line]
+    assert all(f"validation/task/{name}/exact_match" in validation[-1] for name in COUNTS)
 
 
 def test_a_diverging_run_stops_and_names_step_and_tasks(fit, tmp_path):
