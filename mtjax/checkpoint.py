@@ -231,6 +231,14 @@ def restore_parameters(path: Any, abstract_params: Params) -> Params:
     return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves)
 
 
+def _remove_unfinished(folder: epath.Path) -> None:
+    """Delete the folders that a save has not renamed; one process does."""
+    if jax.process_index() == 0 and folder.exists():
+        for child in folder.iterdir():
+            if _TEMPORARY in child.name:
+                child.rmtree()
+
+
 def _is_news(record: logging.LogRecord) -> bool:
     """Drop Orbax's warning about checkpoints between evaluations, which have no metric on purpose."""
     return "did not provide metrics" not in record.getMessage()
@@ -267,6 +275,7 @@ class Checkpointer:
         logging.getLogger("absl").addFilter(_is_news)
         self.model_dir = epath.Path(model_dir).absolute()
         self.folder = self.model_dir / FOLDER
+        _remove_unfinished(self.folder)  # what a killed process left half written
         self.best_metric = best_metric
         policies = ocp.checkpoint_managers
         kept: list[Any] = [policies.LatestN(keep_last)]
@@ -288,8 +297,6 @@ class Checkpointer:
                 best_fn=self._metric if best_metric is not None else None,
                 best_mode=best_mode,
                 enable_async_checkpointing=asynchronous,
-                # What a killed process left half written.
-                cleanup_tmp_directories=True,
             ),
             # Trained weights do not compress, and the training step wants the cores.
             item_handlers={
@@ -361,10 +368,7 @@ class Checkpointer:
             yield
         except Exception as error:
             left = self.steps()
-            if jax.process_index() == 0 and self.folder.exists():
-                for child in self.folder.iterdir():
-                    if _TEMPORARY in child.name:
-                        child.rmtree()
+            _remove_unfinished(self.folder)
             raise OSError(
                 f"Saving {'a checkpoint' if step is None else f'step {step}'} to {str(self.folder)!r} failed: "
                 f"{type(error).__name__}: {str(error)[:500]}\nIs the disk full? "
