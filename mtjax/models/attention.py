@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -9,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from mtjax.models.layers import Linear, dropout, fan_in_normal
 from mtjax.types import Array, Context
@@ -110,7 +110,7 @@ class Bias(NamedTuple):
     """
 
     visible: Array  # bool, broadcastable to [B, H, L, S]
-    relative: Array | None = None  # float32 [1, H, L, S]
+    relative: Array | None = None  # float32, broadcastable too; [1, H, L, S] in training
 
     def __call__(self, logits_BHLS: Array) -> Array:
         """Add the bias to float32 logits."""
@@ -119,11 +119,47 @@ class Bias(NamedTuple):
         return jnp.where(self.visible, logits_BHLS, MASKED)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def attention_weights(logits_BHLS: Array, bias: Bias, dtype: str) -> Array:
+    """Return softmax(logits + bias) over the keys, computed in float32, in the given dtype.
+
+    The backward pass needs the weights alone; left to itself, it would keep three more arrays of their size.
+    """
+    return jax.nn.softmax(bias(logits_BHLS), axis=-1).astype(dtype)
+
+
+def _weights_forward(logits_BHLS: Array, bias: Bias, dtype: str) -> tuple[Array, tuple[Array, Bias]]:
+    weights_BHLS = attention_weights(logits_BHLS, bias, dtype)
+    return weights_BHLS, (weights_BHLS, bias)
+
+
+def _weights_backward(dtype: str, residuals: tuple[Array, Bias], cotangent_BHLS: Array) -> tuple[Array, Bias]:
+    del dtype
+    weights, bias = residuals
+    weights, cotangent = weights.astype(jnp.float32), cotangent_BHLS.astype(jnp.float32)
+    change = weights * (cotangent - (weights * cotangent).sum(-1, keepdims=True))
+    relative = bias.relative
+    if relative is not None:
+        broadcast = [i for i, (a, b) in enumerate(zip(relative.shape, change.shape, strict=True)) if a != b]
+        relative = change.sum(broadcast, keepdims=True)
+    return change, Bias(None, relative)  # type: ignore[arg-type]  # a mask has no gradient
+
+
+attention_weights.defvjp(_weights_forward, _weights_backward)
+
+
 class Attention(nnx.Module):
     """Multi-head attention without biases and without 1/sqrt(K), which the query's initialiser holds."""
 
     def __init__(
-        self, emb_dim: int, num_heads: int, head_dim: int, *, dropout_rate: float, key: Array
+        self,
+        emb_dim: int,
+        num_heads: int,
+        head_dim: int,
+        *,
+        dropout_rate: float,
+        recompute_weights: bool,
+        key: Array,
     ) -> None:
         query_key, key_key, value_key, out_key = jax.random.split(key, 4)
         inner, outer = (emb_dim, num_heads * head_dim), (num_heads * head_dim, emb_dim)
@@ -133,6 +169,7 @@ class Attention(nnx.Module):
         self.out = Linear(fan_in_normal(out_key, outer))
         self.num_heads = num_heads
         self.dropout_rate = dropout_rate
+        self.recompute_weights = recompute_weights
 
     def split_heads(self, x_BLZ: Array) -> Array:
         """Turn [B, L, H*K] into [B, H, L, K]."""
@@ -150,13 +187,17 @@ class Attention(nnx.Module):
 
     def attend(self, x_BLD: Array, keys_values: tuple[Array, Array], bias: Bias, context: Context) -> Array:
         """Attend from x to keys and values [B, H, S, K] and project back to [B, L, D]."""
-        key_BHSK, value_BHSK = keys_values
         query_BHLK = self.split_heads(self.query(x_BLD, context))
-        logits_BHLS = bias(_logits(query_BHLK, key_BHSK))
-        weights_BHLS = jax.nn.softmax(logits_BHLS, axis=-1).astype(x_BLD.dtype)
-        weights_BHLS = checkpoint_name(weights_BHLS, "attention_weights")
+        mix = jax.checkpoint(self.mix) if self.recompute_weights else self.mix
+        return self.project_out(mix(query_BHLK, *keys_values, bias, context), context)
+
+    def mix(
+        self, query_BHLK: Array, key_BHSK: Array, value_BHSK: Array, bias: Bias, context: Context
+    ) -> Array:
+        """Return every query's weighted mean of the values [B, H, L, K]."""
+        weights_BHLS = attention_weights(_logits(query_BHLK, key_BHSK), bias, query_BHLK.dtype.name)
         weights_BHLS = dropout(weights_BHLS, self.dropout_rate, context=context, site=20, broadcast_dim=-2)
-        return self.project_out(weights_BHLS @ value_BHSK, context)
+        return weights_BHLS @ value_BHSK
 
     def __call__(
         self, x_BLD: Array, source_BSD: Array, bias: Bias, context: Context, source_context: Context

@@ -35,7 +35,12 @@ def check_config(config: Any) -> None:
 def attention_block(config: Any, key: Array) -> Attention:
     """Make an attention block of a config's sizes."""
     return Attention(
-        config.emb_dim, config.num_heads, config.head_dim, dropout_rate=config.dropout_rate, key=key
+        config.emb_dim,
+        config.num_heads,
+        config.head_dim,
+        dropout_rate=config.dropout_rate,
+        recompute_weights=config.remat_policy == "attention",
+        key=key,
     )
 
 
@@ -44,6 +49,17 @@ def mlp_block(config: Any, key: Array) -> MlpBlock:
     return MlpBlock(
         config.emb_dim, config.mlp_dim, config.mlp_activations, dropout_rate=config.dropout_rate, key=key
     )
+
+
+def block_products(config: Any) -> int:
+    """Count a token's multiply-adds in one layer's self-attention projections and feed-forward."""
+    attention = 4 * config.emb_dim * config.num_heads * config.head_dim
+    return attention + config.emb_dim * config.mlp_dim * (len(config.mlp_activations) + 1)
+
+
+def attention_products(config: Any, num_keys: int) -> int:
+    """Count a query token's multiply-adds with num_keys keys and values."""
+    return 2 * num_keys * config.num_heads * config.head_dim
 
 
 def relative_bias(config: Any, *, bidirectional: bool, key: Array) -> RelativePositionBias:

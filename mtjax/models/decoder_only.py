@@ -19,7 +19,9 @@ from mtjax.models import functional
 from mtjax.models.attention import Bias, attention_mask
 from mtjax.models.blocks import (
     attention_block,
+    attention_products,
     batch_context,
+    block_products,
     cache_context,
     check_config,
     empty_cache,
@@ -60,6 +62,16 @@ class DecoderOnlyConfig:
 def decoder_only(config: DecoderOnlyConfig) -> Model:
     """Return the language model as pure functions of its parameters."""
     return functional.functional(lambda key: DecoderOnly(config, key), config=config)
+
+
+def flops(config: DecoderOnlyConfig, batch_size: int, *, lengths: Mapping[str, int]) -> float:
+    """Count a training step's operations: all forward matrix products (2 a multiply-add), times 3.
+
+    lengths are those of 'inputs' (if any) and 'targets', which share a row. Attention counts whole squares.
+    """
+    L = lengths.get("inputs", 0) + lengths["targets"]
+    layer = block_products(config) + attention_products(config, L)
+    return float(3 * 2 * batch_size * L * (config.num_layers * layer + config.emb_dim * config.vocab_size))
 
 
 class DecoderOnlyLayer(nnx.Module):

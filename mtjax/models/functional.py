@@ -20,13 +20,13 @@ from mtjax.types import Array, Context, Features, Model, Output, Params
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
-    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+    "attention": None,  # models/attention.py recomputes its weights
     "dots": jax.checkpoint_policies.checkpoint_dots,
-    "attention": jax.checkpoint_policies.save_anything_except_these_names("attention_weights"),
+    "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What the backward pass keeps of a layer: everything; outputs of weight matrices; of all products;
-everything but the attention weights; nothing."""
+"""What the backward pass keeps of a layer: everything; all but the attention weights; outputs of all
+products; outputs of products with parameters; nothing."""
 
 
 class Extra(nnx.Module):

@@ -52,7 +52,14 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((features,), jnp.float32))
 
     def __call__(self, x_BLD: Array) -> Array:
-        """Normalise the last dim to unit mean square, in float32, and return x's dtype."""
+        """Normalise the last dim to unit mean square, in float32, and return x's dtype.
+
+        The backward pass keeps x alone.
+        """
+        return jax.checkpoint(self.normalise)(x_BLD)
+
+    def normalise(self, x_BLD: Array) -> Array:
+        """Normalise; __call__ adds what the backward pass keeps."""
         x = x_BLD.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1, keepdims=True) + 1e-6)
         return (x * inverse * self.scale[...]).astype(x_BLD.dtype)
@@ -102,9 +109,13 @@ class MlpBlock(nnx.Module):
         """Return the block's output and its auxiliary losses (none)."""
         parts = [getattr(self, name)(x_BLD, context) for name in self.names]
         # Recomputed in the backward pass from `parts` alone: elementwise work is cheaper than its memory.
-        hidden_BLF = jax.checkpoint(self.activate)(*parts)
+        return jax.checkpoint(self.project_out)(parts, context), {}
+
+    def project_out(self, parts: list[Array], context: Context) -> Array:
+        """Return the product of the activated projections, projected back to [B, L, D]."""
+        hidden_BLF = self.activate(*parts)
         hidden_BLF = dropout(hidden_BLF, self.dropout_rate, context=context, site=10, broadcast_dim=-2)
-        return self.wo(hidden_BLF, context), {}
+        return self.wo(hidden_BLF, context)
 
     def activate(self, *parts: Array) -> Array:
         """Return the product of the activated projections."""

@@ -18,7 +18,9 @@ from mtjax.models import functional
 from mtjax.models.attention import Bias, attention_mask
 from mtjax.models.blocks import (
     attention_block,
+    attention_products,
     batch_context,
+    block_products,
     cache_context,
     check_config,
     empty_cache,
@@ -59,6 +61,22 @@ class T5Config:
 def t5(config: T5Config) -> Model:
     """Return the encoder-decoder as pure functions of its parameters."""
     return functional.functional(lambda key: T5(config, key), config=config)
+
+
+def flops(config: T5Config, batch_size: int, *, lengths: Mapping[str, int]) -> float:
+    """Count a training step's operations: all forward matrix products (2 a multiply-add), times 3.
+
+    lengths are those of 'inputs' and 'targets'. Attention counts whole squares, as computed.
+    """
+    S, L = lengths["inputs"], lengths["targets"]
+    encoder = S * (block_products(config) + attention_products(config, S))
+    cross = (2 * L + 2 * S) * config.emb_dim * config.num_heads * config.head_dim
+    decoder = (
+        L * (block_products(config) + attention_products(config, L) + attention_products(config, S)) + cross
+    )
+    logits = L * config.emb_dim * config.vocab_size
+    total = config.num_encoder_layers * encoder + config.num_decoder_layers * decoder + logits
+    return float(3 * 2 * batch_size * total)
 
 
 class EncoderLayer(nnx.Module):
