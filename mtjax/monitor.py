@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -30,16 +30,21 @@ def means(sums: TaskSums, names: Sequence[str]) -> dict[str, dict[str, float]]:
     }
 
 
+def _sums(arrays: Iterable[Any]) -> TaskSums:
+    """Hold numpy arrays on the host under the names they have on the device."""
+    return TaskSums(*arrays)
+
+
 def by_family(sums: TaskSums, families: Sequence[str]) -> tuple[list[str], Any]:
     """Add [T] sums up to families."""
     names = list(dict.fromkeys(families))
     index = np.array([names.index(family) for family in families])
-    return names, TaskSums(*(np.bincount(index, np.asarray(x, np.float64), len(names)) for x in sums))
+    return names, _sums(np.bincount(index, np.asarray(x, np.float64), len(names)) for x in sums)
 
 
 def add_up(sums: Sequence[TaskSums]) -> TaskSums:
     """Add sums of several batches in float64."""
-    return TaskSums(*(np.sum(x, axis=0, dtype=np.float64) for x in zip(*sums, strict=True)))
+    return _sums(np.sum(x, axis=0, dtype=np.float64) for x in zip(*sums, strict=True))
 
 
 def scalars_of(tasks: TaskTable, sums: TaskSums, *, prefix: str = "") -> dict[str, float]:
@@ -84,7 +89,7 @@ class Window:
 
 def overall(total: TaskSums, *, prefix: str) -> dict[str, float]:
     """Name the means of scalar sums: {prefix}/loss, {prefix}/accuracy, ..."""
-    one = TaskSums(*(np.reshape(x, 1) for x in total))
+    one = _sums(np.reshape(x, 1) for x in total)
     return {f"{prefix}/{what}": value for what, value in means(one, ["all"]).get("all", {}).items()}
 
 

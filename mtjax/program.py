@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from mtjax import losses as loss_lib
 from mtjax import optim, sharding, tree
 from mtjax.balance import uniform
 from mtjax.peft import full
-from mtjax.types import Array, Balancer, Batch, Model, Params, Peft, PyTree
+from mtjax.types import Array, At, Balancer, Batch, Model, Params, Peft, PyTree
 
 
 class TrainState(NamedTuple):
@@ -85,13 +85,6 @@ def group_ids(tasks: TaskTable, group_by: str | Mapping[str, str]) -> tuple[tupl
     groups = tuple(dict.fromkeys(labels))
     index = {name: i for i, name in enumerate(groups)}
     return groups, np.array([index[label] for label in labels], np.int32)
-
-
-class _At(NamedTuple):
-    """The current parameters and batch, as a balancer sees them."""
-
-    pullback: Callable[..., PyTree]
-    moved: Callable[[PyTree], tuple[Array, Callable[..., PyTree]]]
 
 
 class _Losses(NamedTuple):
@@ -231,7 +224,7 @@ def _make_step(
             return there.groups_G, back
 
         grads, balance, stats = balancer.update(
-            state.balance, said.groups_G, counts_G, _At(pullback=pullback, moved=moved)
+            state.balance, said.groups_G, counts_G, At(pullback=pullback, moved=moved)
         )
         gradient_norm = tree.norm(grads)
         is_finite = jnp.isfinite(gradient_norm) & jnp.isfinite(said.total.loss_T)
@@ -282,7 +275,7 @@ def _make_init(
 
 
 def _shardings(mesh: Mesh, rules: sharding.Rules, abstract: TrainState) -> TrainState:
-    replicated = NamedSharding(mesh, PartitionSpec())
+    replicated: Any = NamedSharding(mesh, PartitionSpec())
     return TrainState(
         step=replicated,
         params=sharding.parameter_shardings(mesh, rules, abstract.params),

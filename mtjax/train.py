@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from mtjax import checkpoint, evaluate, log, monitor, optim, predict, program, sharding
 from mtjax.data import cache, pipeline
-from mtjax.losses import LossConfig, TaskSums
+from mtjax.losses import LossConfig
 from mtjax.program import Program, StepMetrics, TaskTable, TrainState
 from mtjax.types import Balancer, Model, Params, Peft
 
@@ -167,27 +167,29 @@ def _check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], *, writer: l
 
 def _start(
     run: Program, checkpointer: checkpoint.Checkpointer, *, seed: int, initial_checkpoint: str | None
-) -> tuple[TrainState, dict | None, dict | None]:
-    """Return (state, host, meta): restored, from an initial checkpoint's parameters, or new."""
+) -> tuple[TrainState, Mapping[str, Any] | None, Mapping[str, Any]]:
+    """Return (state, host, meta): restored; or with host None, from an initial checkpoint's parameters or new."""
     if checkpointer.latest() is not None:
         return checkpointer.restore(run.abstract)
     key = jax.random.key(seed)
     if initial_checkpoint is None:
-        return run.init(key), None, None
+        return run.init(key), None, {}
     abstract = jax.eval_shape(run.merge, run.abstract)
     abstract = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         abstract,
         run.model_shardings,
     )
-    return run.start_from(key, checkpoint.restore_parameters(initial_checkpoint, abstract)), None, None
+    return run.start_from(key, checkpoint.restore_parameters(initial_checkpoint, abstract)), None, {}
 
 
 def _validate(run: Program, params: Params, batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
     """Evaluate fixed batches: mean loss over all tokens, over tasks, per task and per family."""
     sums = [run.evaluate(params, sharding.global_batch(run.mesh, batch))[0] for batch in batches]
     tasks = monitor.add_up(jax.device_get(sums))
-    scalars = monitor.overall(TaskSums(*(np.sum(x) for x in tasks)), prefix="validation")
+    scalars = monitor.overall(
+        tasks._replace(**{name: np.sum(x) for name, x in tasks._asdict().items()}), prefix="validation"
+    )
     # The mean over tasks is not swayed by how long a task's targets are.
     losses = [entry["loss"] for entry in monitor.means(tasks, run.tasks.names).values()]
     scalars["validation/mean_task_loss"] = float(np.mean(losses))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -88,7 +89,7 @@ def combine(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 def dot(a: PyTree, b: PyTree) -> jax.Array:
     """Return the inner product over all leaves, accumulated in float32."""
     products = jax.tree.map(lambda x, y: jnp.vdot(x.astype(jnp.float32), y.astype(jnp.float32)), a, b)
-    return sum(jax.tree.leaves(products), jnp.float32(0))
+    return functools.reduce(jnp.add, jax.tree.leaves(products), jnp.float32(0))
 
 
 def norm(tree: PyTree) -> jax.Array:

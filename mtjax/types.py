@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 
@@ -63,21 +63,25 @@ class Model(NamedTuple):
     logits: Callable[[Params, Array], Array]  # (params, hidden_BLD) -> float32 logits_BLV
     apply: Callable[..., Output]  # (params, batch, *, key=None)
     encode: Callable[[Params, Batch], PyTree]
-    start: Callable[..., PyTree]  # (params, encoding, *, max_length, num_beams=1) -> cache of B*num_beams rows
-    decode: Callable[[Params, PyTree, Array], tuple[Array, PyTree]]  # (params, cache, tokens_B) -> logits_BV, cache
+    start: Callable[
+        ..., PyTree
+    ]  # (params, encoding, *, max_length, num_beams=1) -> cache of B*num_beams rows
+    decode: Callable[
+        [Params, PyTree, Array], tuple[Array, PyTree]
+    ]  # (params, cache, tokens_B) -> logits_BV, cache
     reorder: Callable[[PyTree, Array], PyTree]  # (cache, rows_B) -> cache
 
 
-class At(Protocol):
-    """The current parameters and batch, as a balancer sees them."""
+class At(NamedTuple):
+    """The current parameters and batch, as a balancer sees them.
 
-    def pullback(self, w_G: Array, aux: float | Array = 0.0) -> PyTree:
-        """Return the gradient of w_G @ losses_G + aux * aux_loss at the current parameters."""
-        ...
+    pullback(w_G, aux=0.0) is the gradient of w_G @ losses_G + aux * aux_loss at the current parameters;
+    moved(delta) is (losses_G, pullback) at params + delta, on the same batch. A balancer whose `weights` are
+    known beforehand calls pullback once, with these weights and aux=1: the trainer may have computed it.
+    """
 
-    def moved(self, delta: PyTree) -> tuple[Array, Callable[..., PyTree]]:
-        """Return losses_G and their pullback at params + delta, on the same batch."""
-        ...
+    pullback: Callable[..., PyTree]
+    moved: Callable[[PyTree], tuple[Array, Callable[..., PyTree]]]
 
 
 class Balancer(NamedTuple):
