@@ -30,7 +30,7 @@ SENTINEL = re.compile(r"<extra_id_\d+>")
 class Metric(NamedTuple):
     """`statistics` gives float64 [N, K], sums that add over examples; `aggregate` turns a total [K] into scores."""
 
-    statistics: Callable[[Sequence[str], Sequence[Any], Fields], np.ndarray]
+    statistics: Callable[..., Any]  # (targets, predictions, fields)
     aggregate: Callable[[np.ndarray], dict[str, float]]
     takes: str = "predictions"  # or "scores": log-likelihoods of the targets, in nats
     lower_is_better: bool = False
@@ -368,7 +368,8 @@ _UNSPACED = re.compile(
 
 @functools.cache
 def _sacrebleu(name: str, tokenizer: str | None = None):
-    from sacrebleu.metrics import BLEU, CHRF
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
 
     if name == "chrf":
         return CHRF()
@@ -396,7 +397,8 @@ def _corpus_metric(name: str) -> Metric:
     def statistics(targets, predictions, fields):
         answers = _answers(targets, fields)
         width = max(map(len, answers))
-        streams = [[a[i] if i < len(a) else None for a in answers] for i in range(width)]
+        # sacrebleu skips None, which its types leave out.
+        streams: Any = [[a[i] if i < len(a) else None for a in answers] for i in range(width)]
         tokenizer = bleu_tokenizer(targets) if name == "bleu" else None
         return _sacrebleu(name, tokenizer)._extract_corpus_statistics(list(predictions), streams)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -129,7 +129,7 @@ def attention_weights(logits_BHLS: Array, bias: Bias, dtype: str) -> Array:
 
 
 def _weights_forward(logits_BHLS: Array, bias: Bias, dtype: str) -> tuple[Array, tuple[Array, Bias]]:
-    weights_BHLS = attention_weights(logits_BHLS, bias, dtype)
+    weights_BHLS: Any = attention_weights(logits_BHLS, bias, dtype)
     return weights_BHLS, (weights_BHLS, bias)
 
 
@@ -195,7 +195,7 @@ class Attention(nnx.Module):
         self, query_BHLK: Array, key_BHSK: Array, value_BHSK: Array, bias: Bias, context: Context
     ) -> Array:
         """Return every query's weighted mean of the values [B, H, L, K]."""
-        weights_BHLS = attention_weights(_logits(query_BHLK, key_BHSK), bias, query_BHLK.dtype.name)
+        weights_BHLS: Any = attention_weights(_logits(query_BHLK, key_BHSK), bias, query_BHLK.dtype.name)
         weights_BHLS = dropout(weights_BHLS, self.dropout_rate, context=context, site=20, broadcast_dim=-2)
         return weights_BHLS @ value_BHSK
 
@@ -221,10 +221,11 @@ class Attention(nnx.Module):
         values [B, H, P, K], bias): more positions to attend to, which beams share.
         """
         new = self.keys_values(x_B1D, context)
-        key_BHSK, value_BHSK = cache = tuple(
+        key_BHSK, value_BHSK = (
             jax.lax.dynamic_update_slice_in_dim(old, entry, step, axis=2)
             for old, entry in zip(cache, new, strict=True)
         )
+        cache = (key_BHSK, value_BHSK)
         if prefix is None:
             return self.attend(x_B1D, cache, bias, context), cache
         (prefix_key_BHPK, prefix_value_BHPK), prefix_bias = prefix

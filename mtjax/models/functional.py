@@ -38,7 +38,7 @@ def parameters(module: nnx.Module) -> Params:
     return nnx.to_pure_dict(nnx.state(module, nnx.Param))
 
 
-def bind(abstract: nnx.Module, params: Params) -> nnx.Module:
+def bind(abstract: nnx.Module, params: Params) -> Any:
     """Return a copy of an abstract module that holds these parameters.
 
     Raises ValueError where a parameter that the module declares is missing.
