@@ -39,7 +39,6 @@ def attention_block(config: Any, key: Array) -> Attention:
         config.num_heads,
         config.head_dim,
         dropout_rate=config.dropout_rate,
-        recompute_weights=config.remat_policy == "attention",
         key=key,
     )
 

@@ -20,12 +20,11 @@ from mtjax.types import Array, Context, Features, Model, Output, Params
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
-    "attention": None,  # models/attention.py recomputes its weights
     "dots": jax.checkpoint_policies.checkpoint_dots,
     "minimal": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-"""What the backward pass keeps of a layer: everything; all but the attention weights; outputs of all
+"""What the backward pass keeps of a layer: everything; outputs of all
 products; outputs of products with parameters; nothing."""
 
 
