@@ -16,7 +16,17 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+import hypothesis
 import pytest
+
+# Nothing is timed in a test, and what CI runs is the same every time.
+hypothesis.settings.register_profile(
+    "mtjax",
+    deadline=None,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("mtjax")
 
 
 def _python(arguments, *, timeout, env=None, cwd=None, check=True):
