@@ -61,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     if args.steps < 1 or args.num_tasks < 1:
         raise ValueError(f"--steps={args.steps} and --num_tasks={args.num_tasks} must be at least 1.")
+    from mtjax import host_memory
+
+    host_memory.keep()
     from mtjax import train  # with everything that training imports
     from mtjax.launch import train as launch_train
 
@@ -136,18 +139,25 @@ def _measure(
     """Return the run after its steps, the results, and the seconds of each step."""
     import jax
 
+    from mtjax import host_memory
+
     start = time.perf_counter()
     run = _start(arguments, num_tasks=num_tasks)
     init_s = time.perf_counter() - start
     start = time.perf_counter()
     compiled = run.program.step.lower(run.state, run.batch).compile()
     compile_s = time.perf_counter() - start
+    host_memory.settle(run.state, trim=True)
     flops = (compiled.cost_analysis() or {}).get("flops")
     state, metrics = jax.block_until_ready(run.program.step(run.state, run.batch))
     first_step_s = time.perf_counter() - STARTED
     before = len(compiles)
+    for _ in range(3):  # as in training
+        host_memory.settle(state, trim=True)
+        state, metrics = jax.block_until_ready(run.program.step(state, run.batch))
     times = []
     for _ in range(steps):
+        host_memory.settle(state)
         start = time.perf_counter()
         state, metrics = jax.block_until_ready(run.program.step(state, run.batch))
         times.append(time.perf_counter() - start)

@@ -44,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, resume, or explain."""
+    from mtjax import host_memory
+
+    host_memory.keep()
     from mtjax import train
     from mtjax.launch import prepare
 

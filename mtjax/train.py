@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mtjax import checkpoint, evaluate, log, monitor, optim, predict, program, sharding
+from mtjax import checkpoint, evaluate, host_memory, log, monitor, optim, predict, program, sharding
 from mtjax.data import cache, pipeline
 from mtjax.losses import LossConfig
 from mtjax.program import Program, StepMetrics, TaskTable, TrainState
@@ -420,6 +420,7 @@ def _loop(
         batch = sharding.global_batch(run.mesh, next(stream))
         state, now = run.step(state, batch)
         window.add(now)
+        host_memory.settle(now, trim=step < steps.start + 3)
         # The host looks one step behind, so the device never waits for it.
         if last is not None:
             _check_finite(step - 1, last, run.tasks)

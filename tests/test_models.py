@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from launch import bench
 from mtjax import losses, tree
+from mtjax.launch import bench
 from mtjax.models import attention, decoder_only, functional, t5
 from mtjax.types import Context
 

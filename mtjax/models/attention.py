@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -64,15 +65,33 @@ class RelativePositionBias(nnx.Module):
 
     def __call__(self, num_queries: int, num_keys: int) -> Array:
         """Return the bias [H, L, S] of queries and keys that both count from position 0."""
-        # Row q is the slice of `values` that starts at num_queries - 1 - q. Copies of `values`, flattened and
-        # cut into rows one shorter, are skewed just so. A gather would do, but its gradient is a scatter-add
-        # of L * S entries; here it is a pad and a sum, written as a product because XLA sums slowly over a
-        # dim that is not the last one (CPU).
-        values = self.by_distance(1 - num_queries, num_keys + 1)
-        num_heads, width = values.shape
-        copies = jnp.einsum("l,hw->hlw", jnp.ones(num_queries, values.dtype), values).reshape(num_heads, -1)
-        skewed = copies[:, : num_queries * (width - 1)].reshape(num_heads, num_queries, width - 1)
-        return skewed[:, :, num_queries - 1 : num_queries - 1 + num_keys]
+        return _skew(self.by_distance(1 - num_queries, num_keys + 1), num_queries)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _skew(values: Array, num_queries: int) -> Array:
+    """Cut rows [H, L, S] from values [H, L + S]: row q is the slice that starts at L - 1 - q."""
+    # Copies of `values`, flattened and cut into rows one shorter, are skewed just so: no gather.
+    num_heads, width = values.shape
+    copies = jnp.broadcast_to(values[:, None], (num_heads, num_queries, width)).reshape(num_heads, -1)
+    skewed = copies[:, : num_queries * (width - 1)].reshape(num_heads, num_queries, width - 1)
+    return skewed[:, :, num_queries - 1 :]
+
+
+def _skew_forward(values: Array, num_queries: int) -> tuple[Array, None]:
+    return _skew(values, num_queries), None
+
+
+def _skew_backward(num_queries: int, residuals: None, cotangent_HLS: Array) -> tuple[Array]:
+    # The same way back, without a scatter-add; the sum is a product because XLA sums slowly over a dim that
+    # is not the last one (CPU).
+    num_heads = cotangent_HLS.shape[0]
+    skewed = jnp.pad(cotangent_HLS, ((0, 0), (0, 0), (num_queries - 1, 0))).reshape(num_heads, -1)
+    copies = jnp.pad(skewed, ((0, 0), (0, num_queries))).reshape(num_heads, num_queries, -1)
+    return (jnp.einsum("l,hlw->hw", jnp.ones(num_queries, copies.dtype), copies),)
+
+
+_skew.defvjp(_skew_forward, _skew_backward)
 
 
 def attention_mask(
@@ -163,9 +182,12 @@ def _mix_backward(residuals: tuple, cotangent_BHLK: Array) -> tuple[Array, Array
 mix_values.defvjp(_mix_forward, _mix_backward)
 
 
-def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+def _sum_to(x_BHLS: Array, shape: tuple[int, ...]) -> Array:
     """Sum over the dims that were broadcast from `shape`."""
-    return x.sum([i for i, (a, b) in enumerate(zip(shape, x.shape, strict=True)) if a != b], keepdims=True)
+    if shape[0] == 1 != x_BHLS.shape[0]:
+        # As a product: on CPUs XLA sums over a first dim forty times slower.
+        x_BHLS = jnp.einsum("b,bhls->hls", jnp.ones(x_BHLS.shape[0], x_BHLS.dtype), x_BHLS)[None]
+    return x_BHLS.sum([i for i in range(1, 4) if shape[i] != x_BHLS.shape[i]], keepdims=True)
 
 
 class Attention(nnx.Module):
