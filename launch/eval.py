@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from mtjax.launch import model_dir
+from mtjax.launch import flags, model_dir
 
 EXAMPLES = """
 examples:
@@ -16,7 +16,7 @@ examples:
   mtjax eval --model_dir=runs/first --checkpoints=all --watch      beside a training that goes on
   mtjax eval --model_dir=runs/first --mixture=other --decode=rank
 
-Writes MODEL_DIR/eval/MIXTURE.jsonl and .png, and eval/predictions/MIXTURE/STEP/TASK.jsonl.
+Writes MODEL_DIR/eval/MIXTURE.jsonl and .png, and eval/predictions/MIXTURE/STEP-SPLIT-DECODE/TASK.jsonl.
 """
 
 
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop watching when no checkpoint comes for so long (default: %(default)g)",
     )
     model_dir.add_arguments(parser)
+    flags.add_cache(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -55,7 +56,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--max_examples must be at least 1, got {args.max_examples}.")
     from mtjax.data import cache
 
-    opened = model_dir.open_run(args)
+    folders = [*([args.cache_dir] if args.cache_dir else []), *flags.additional_cache_dirs(args)]
+    opened = model_dir.open_run(args, cache_dirs=folders)
     mixture = cache.open_mixture(opened.cache_dirs, args.mixture or opened.data.mixture)
     predictor = model_dir.predictor(opened, args)
     baselines: dict[str, Any] = {}
@@ -120,7 +122,9 @@ def _evaluate(
     model_dir.check_vocabulary(opened, meta, mixture.tasks)
     folder = None
     if not args.no_predictions:
-        folder = evaluate.predictions_path(opened.directory, mixture.name, step)
+        folder = evaluate.predictions_path(
+            opened.directory, mixture.name, step, split=args.split, decode=args.decode
+        )
     with screen.progress(f"step {step}") as update:
         results = evaluate.evaluate_mixture(
             opened.model,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
 
 from mtjax.launch import model_dir
 
@@ -37,7 +36,6 @@ def run(args: argparse.Namespace) -> int:
     import dataclasses
 
     from mtjax import infer, tree
-    from mtjax.data import cache
     from mtjax.launch import screen
 
     if args.mode not in infer.ADDED:
@@ -45,9 +43,8 @@ def run(args: argparse.Namespace) -> int:
     opened = model_dir.open_run(args)
     if args.checkpoint == "all" or len(steps := model_dir.chosen_steps(opened, args.checkpoint)) != 1:
         raise ValueError(f"--checkpoint={args.checkpoint} is not one checkpoint.")
-    tasks = cache.open_mixture(opened.cache_dirs, opened.data.mixture).tasks
+    codec = infer.text_codec(opened.directory, opened.data.lengths)
     params, meta = model_dir.restore(opened, steps[0])
-    model_dir.check_vocabulary(opened, meta, tasks)
     predictor = model_dir.predictor(opened, args)
     settings = {"model_dir": str(opened.directory.resolve()), "step": steps[0]}
     if args.mode == "predict":
@@ -59,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
             input_path=args.input,
             output_path=args.output,
             mode=args.mode,
-            codec=codec(tasks[0], opened.data.lengths["inputs"]),
+            codec=codec,
             batch_size=opened.data.batch_size,
             task_ids={name: i for i, name in enumerate(meta["tasks"])},
             settings=settings,
@@ -71,18 +68,3 @@ def run(args: argparse.Namespace) -> int:
     if summary.unknown_tasks:
         print(f"{summary.unknown_tasks} lines name a task that the checkpoint was not trained on")
     return 0
-
-
-def codec(task: Any, input_length: int) -> Any:
-    """Return how a run's text becomes ids: with the vocabularies and EOS of its tasks."""
-    from mtjax import infer
-
-    features = task.metadata["features"]
-    inputs = "inputs" if "inputs" in features else "targets"
-    return infer.TextCodec(
-        task.vocabulary(inputs),
-        task.vocabulary("targets"),
-        input_length,
-        features[inputs]["add_eos"],
-        features["targets"]["add_eos"],
-    )

@@ -48,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch_size", type=int, metavar="ROWS", help="rows on all devices (default: as in training)"
     )
     add_decoding(parser)
-    flags.add_cache(parser)
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
@@ -93,8 +92,10 @@ def decoder(args: argparse.Namespace) -> Any:
     return DecodeConfig(args.decode, **{name: getattr(args, name) for name in names})
 
 
-def open_run(args: argparse.Namespace) -> Run:
+def open_run(args: argparse.Namespace, *, cache_dirs: Sequence[str] = ()) -> Run:
     """Build the model and the layout of its parameters from <model_dir>/config.gin.
+
+    cache_dirs are searched before those of the configuration.
 
     Raises ValueError where model_dir holds no run.
     """
@@ -114,17 +115,28 @@ def open_run(args: argparse.Namespace) -> Run:
     parsed = config.parse([str(directory / CONFIG)], args.gin_bindings, roots=[prepare.mixture, train.fit])
     arguments = parsed.arguments(train.fit)
     data = arguments["data"]
-    folders = [*([args.cache_dir] if args.cache_dir else []), *flags.additional_cache_dirs(args)]
     arguments["data"] = dataclasses.replace(data, batch_size=args.batch_size or data.batch_size)
-    program = train.prepare(**program_arguments(arguments) | {"microbatches": 1})
+    changed = {"microbatches": 1, "tasks": _trained_tasks(directory)}
+    program = train.prepare(**program_arguments(arguments) | changed)
     abstract = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
         jax.eval_shape(program.merge, program.abstract),
         program.model_shardings,
     )
     sharding.check_divides(program.mesh, arguments["data"].batch_size)
-    searched = list(dict.fromkeys([*folders, *data.cache_dirs]))
+    searched = list(dict.fromkeys([*cache_dirs, *data.cache_dirs]))
     return Run(directory, arguments, searched, program.mesh, abstract)
+
+
+def _trained_tasks(directory: Path) -> Any:
+    """Return the tasks of the last checkpoint; None, so that the cache is asked, before there is one."""
+    from mtjax import checkpoint, train
+
+    steps = checkpoint.checkpoint_steps(directory)
+    if not steps:
+        return None
+    meta = checkpoint.read_meta(directory / checkpoint.FOLDER / str(steps[-1]))
+    return train.TaskTable(tuple(meta["tasks"]), tuple(meta["families"]))
 
 
 def predictor(run: Run, args: argparse.Namespace) -> Any:

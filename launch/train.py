@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="print parameters, sharding, bytes per device, batch and mixture, and exit",
     )
+    parser.add_argument(
+        "--profile_steps",
+        metavar="FIRST,LAST",
+        help="write a jax.profiler trace of the steps FIRST to LAST - 1 to MODEL_DIR/profile",
+    )
     flags.add_gin(parser)
     flags.add_tasks(parser)
 
@@ -79,6 +84,11 @@ def configure(args: argparse.Namespace, *, defaults: Mapping[str, Any] | None = 
         bindings.append(f"VOCABULARY={flags.vocabulary(args)!r}")
     if args.tfds_data_dir:
         bindings.append(f"TFDS_DATA_DIR={args.tfds_data_dir!r}")
+    if steps := getattr(args, "profile_steps", None):
+        first, separator, last = steps.partition(",")
+        if not (separator and first.strip().isdigit() and last.strip().isdigit()):
+            raise ValueError(f"--profile_steps={steps} must be two steps, such as 10,15.")
+        bindings.append(f"train.fit.profile_steps=({int(first)}, {int(last)})")
     if not args.gin_file:
         raise ValueError(f"Give a --gin_file. Shipped: {', '.join(config.shipped_recipes())}.")
     return config.parse(

@@ -349,9 +349,11 @@ def results_path(model_dir: str | os.PathLike, mixture: str) -> Path:
     return Path(model_dir) / "eval" / f"{mixture}.jsonl"
 
 
-def predictions_path(model_dir: str | os.PathLike, mixture: str, step: int) -> Path:
-    """Name the folder of a checkpoint's predictions."""
-    return Path(model_dir) / "eval" / "predictions" / mixture / str(step)
+def predictions_path(
+    model_dir: str | os.PathLike, mixture: str, step: int, *, split: str, decode: str
+) -> Path:
+    """Name the folder of a checkpoint's predictions for one split by one decode mode."""
+    return Path(model_dir) / "eval" / "predictions" / mixture / f"{step}-{split}-{decode}"
 
 
 def write_results(

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mtjax import predict, tree
+from mtjax.data import vocabulary
 from mtjax.data.vocabulary import Vocabulary
 from mtjax.predict import Example, Predictor
 from mtjax.types import Params
@@ -45,6 +46,14 @@ class TextCodec:
     def encode_targets(self, text: str) -> list[int]:
         """Return the ids of a target, whole: a score is of all of it."""
         return [*self.targets.encode(text), *[self.targets.eos_id] * self.targets_eos]
+
+
+def text_codec(model_dir: str | os.PathLike, lengths: Mapping[str, int]) -> TextCodec:
+    """Open the codec of a trained run; training kept it in its model directory, so no cache is needed."""
+    features = vocabulary.read(Path(model_dir) / vocabulary.FOLDER)
+    targets, targets_eos = features["targets"]
+    inputs, inputs_eos = features.get("inputs", features["targets"])
+    return TextCodec(inputs, targets, lengths["inputs"], inputs_eos, targets_eos)
 
 
 class Summary(NamedTuple):

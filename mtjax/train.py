@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mtjax import checkpoint, evaluate, host_memory, log, monitor, optim, predict, program, sharding
-from mtjax.data import cache, pipeline
+from mtjax.data import cache, pipeline, vocabulary
 from mtjax.losses import LossConfig
 from mtjax.program import Program, StepMetrics, TaskTable, TrainState
 from mtjax.types import Balancer, Model, Params, Peft
@@ -210,15 +210,38 @@ def _check_finite(step: int, metrics: StepMetrics, tasks: TaskTable) -> None:
     )
 
 
-def _profile(step: int, steps: Sequence[int], model_dir: str) -> None:
-    """Trace the steps [first, last) with jax.profiler into model_dir/profile."""
-    if not steps:
-        return
-    first, last = steps
-    if step == first:
-        jax.profiler.start_trace(os.path.join(model_dir, "profile"))
-    if step == last:
-        jax.profiler.stop_trace()
+class _Profiler:
+    """Trace the steps [first, last) with jax.profiler; the trace is written however training ends."""
+
+    def __init__(self, steps: Sequence[int], directory: str) -> None:
+        if len(steps) not in (0, 2) or (steps and not 0 <= steps[0] < steps[1]):
+            raise ValueError(f"profile_steps must be (first, last) with first < last, got {list(steps)}.")
+        self.steps = tuple(steps)
+        self.directory = directory
+        self.is_on = False
+
+    def __call__(self, step: int) -> None:
+        """Start before the first step, stop before the last."""
+        if self.steps and step == self.steps[0]:
+            jax.profiler.start_trace(self.directory)
+            self.is_on = True
+        elif self.steps and step >= self.steps[1]:
+            self.close()
+
+    def close(self) -> None:
+        """Write the trace if it is still on."""
+        if self.is_on:
+            jax.profiler.stop_trace()
+            self.is_on = False
+
+
+def _keep_vocabulary(model_dir: str, task: cache.CachedTask) -> None:
+    """Write how text becomes ids beside the checkpoints: predicting then needs no cache."""
+    if jax.process_index() == 0:
+        features = {
+            name: (task.vocabulary(name), spec["add_eos"]) for name, spec in task.metadata["features"].items()
+        }
+        vocabulary.write(Path(model_dir) / vocabulary.FOLDER, features)
 
 
 def fit(
@@ -267,6 +290,7 @@ def fit(
         group_by=group_by,
         ema_decay=ema_decay,
     )
+    profiler = _Profiler(profile_steps, os.path.join(model_dir, "profile"))
     meta = _meta(run, model, stream.tasks, config_text)
     checkpointer = checkpoint.Checkpointer(
         model_dir,
@@ -283,6 +307,7 @@ def fit(
     start = int(state.step)
     with (
         contextlib.closing(checkpointer),
+        contextlib.closing(profiler),
         stream,
         log.writers(model_dir, resume_step=start, train_steps=train_steps) as writer,
     ):
@@ -296,6 +321,7 @@ def fit(
             writer.text(f"{model_dir} is already trained, to step {start} of {train_steps}.")
             return {}
         _mark_finished(model_dir, None)
+        _keep_vocabulary(model_dir, stream.tasks[0])
         scalars = _loop(
             run,
             state,
@@ -310,7 +336,7 @@ def fit(
             evaluation=evaluation,
             saving=saving,
             log_every=log_every,
-            profile=lambda step: _profile(step, profile_steps, model_dir),
+            profile=profiler,
         )
         checkpointer.wait()
         _mark_finished(model_dir, checkpointer.latest())

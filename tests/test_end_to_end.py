@@ -163,11 +163,14 @@ def test_newcomers_path(mtjax, tmp_path):
         {"inputs": f"parity of {word}", "targets": "odd", "id": i} for i, word in enumerate(("one", "two"))
     ]
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "cache").rename(folder / "cache_elsewhere")  # a model directory is enough to predict with
     mtjax("infer", "--model_dir=straight", "--input=in.jsonl", "--output=out.jsonl")
     assert [row["id"] for row in lines(folder / "out.jsonl")] == [0, 1]
     assert all(isinstance(row["prediction"], str) for row in lines(folder / "out.jsonl"))
     mtjax("infer", "--model_dir=straight", "--mode=score", "--input=in.jsonl", "--output=scores.jsonl")
     assert all(row["score"] < 0 for row in lines(folder / "scores.jsonl"))
+
+    (folder / "cache_elsewhere").rename(folder / "cache")
 
     # 7. Finetuning starts from its parameters.
     (folder / "more.gin").write_text(RECIPE.replace("runs/pretrain.gin", "runs/finetune.gin"))

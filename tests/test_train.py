@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mtjax import checkpoint, optim, train, tree
-from mtjax.data import pipeline
+from mtjax.data import pipeline, vocabulary
 from mtjax.models import t5
 
 CONFIG = t5.T5Config(
@@ -199,3 +199,17 @@ def test_frozen_parameters_stay(fit):
     before, after = tree.flatten(state(run, 1)), tree.flatten(state(run, 3))
     for path in before:
         assert np.array_equal(before[path], after[path]) == path.startswith("encoder/"), path
+
+
+def test_a_trace_is_written_even_past_the_last_step(fit, tmp_path):
+    fit(train_steps=3, profile_steps=(1, 9))
+    assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match="first < last"):
+        fit("other", train_steps=3, profile_steps=(2, 2))
+
+
+def test_the_vocabulary_stays_with_the_run(fit, tmp_path):
+    fit(train_steps=1)
+    features = vocabulary.read(tmp_path / "run" / vocabulary.FOLDER)
+    targets, add_eos = features["targets"]
+    assert (features.keys(), targets.size, add_eos) == ({"inputs", "targets"}, 3 + 256 + 10, True)

@@ -117,3 +117,21 @@ def test_bad_models_are_named(model_file, tmp_path):
     vocabulary.model_path(v.fingerprint, tmp_path).write_bytes(train_model(model_type="char"))
     with pytest.raises(ValueError, match="fingerprint"):
         vocabulary.from_spec(v.spec(), tmp_path)
+
+
+def test_a_run_keeps_its_vocabularies(tmp_path):
+    written = {
+        "inputs": (vocabulary.sentencepiece_from_bytes(train_model(), extra_ids=3), False),
+        "targets": (vocabulary.byte(5), True),
+    }
+    vocabulary.write(tmp_path / "kept", written)
+    found = vocabulary.read(tmp_path / "kept")
+    assert {name: (kept.spec(), eos) for name, (kept, eos) in found.items()} == {
+        name: (kept.spec(), eos) for name, (kept, eos) in written.items()
+    }
+    assert found["inputs"][0].encode(TEXTS[0]) == written["inputs"][0].encode(TEXTS[0])
+    (tmp_path / "kept" / vocabulary.FEATURES).write_text("{")
+    with pytest.raises(ValueError, match=r"features\.json.*is damaged"):
+        vocabulary.read(tmp_path / "kept")
+    with pytest.raises(ValueError, match="No vocabulary"):
+        vocabulary.read(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import pathlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -14,6 +15,8 @@ from sentencepiece import sentencepiece_model_pb2
 PAD_ID = 0
 _NUM_SPECIAL = 3  # pad, eos, unk
 _NUM_BYTES = 256
+FOLDER = "vocabulary"  # in a model directory
+FEATURES = "features.json"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -123,6 +126,33 @@ def from_spec(spec: Mapping[str, Any], directory: str | pathlib.Path) -> Vocabul
             f"written with {spec['fingerprint']}. Cache again with `mtjax cache --force`."
         )
     return vocabulary
+
+
+def write(directory: str | pathlib.Path, features: Mapping[str, tuple[Vocabulary, bool]]) -> None:
+    """Keep how text becomes ids: each feature's vocabulary and whether EOS ends it. `read` opens it again."""
+    directory = pathlib.Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    description = {}
+    for name, (vocabulary, add_eos) in features.items():
+        if vocabulary.model:
+            model_path(vocabulary.fingerprint, directory).write_bytes(vocabulary.model)
+        description[name] = {"vocabulary": vocabulary.spec(), "add_eos": add_eos}
+    (directory / FEATURES).write_text(json.dumps(description, indent=2), "utf-8")
+
+
+def read(directory: str | pathlib.Path) -> dict[str, tuple[Vocabulary, bool]]:
+    """Open what `write` kept. Raises ValueError where it is missing or damaged."""
+    path = pathlib.Path(directory) / FEATURES
+    if not path.is_file():
+        raise ValueError(f"No vocabulary at {str(path)!r}; `mtjax train` writes it before the first step.")
+    try:
+        description = json.loads(path.read_text("utf-8"))
+        return {
+            name: (from_spec(entry["vocabulary"], directory), entry["add_eos"])
+            for name, entry in description.items()
+        }
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{str(path)!r} is damaged: {error!r}. Resuming the run writes it anew.") from error
 
 
 def model_path(fingerprint: str, directory: str | pathlib.Path) -> pathlib.Path:
