@@ -54,12 +54,20 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate the chosen checkpoints; the exit code is 1 where a task failed."""
     if args.max_examples is not None and args.max_examples < 1:
         raise ValueError(f"--max_examples must be at least 1, got {args.max_examples}.")
+    from mtjax import tree
     from mtjax.data import cache
 
     folders = [*([args.cache_dir] if args.cache_dir else []), *flags.additional_cache_dirs(args)]
     opened = model_dir.open_run(args, cache_dirs=folders)
     mixture = cache.open_mixture(opened.cache_dirs, args.mixture or opened.data.mixture)
     predictor = model_dir.predictor(opened, args)
+    if without := [task.name for task in mixture.tasks if args.split not in task.splits]:
+        kept = tuple(task for task in mixture.tasks if args.split in task.splits)
+        if not kept:
+            known = sorted({split for task in mixture.tasks for split in task.splits})
+            raise tree.unknown_name(f"split of {mixture.name!r}", args.split, known)
+        print(f"No split {args.split!r}, so not evaluated: {', '.join(without)}")
+        mixture = mixture._replace(tasks=kept)
     baselines: dict[str, Any] = {}
     failed: list[str] = []
     for step in _steps(opened, args):
@@ -137,13 +145,20 @@ def _evaluate(
             architecture=opened.data.architecture,
             max_examples=args.max_examples,
             predictions_dir=folder,
-            with_baselines=not args.no_baselines and not baselines,
+            with_baselines=not args.no_baselines
+            and any(task.name not in baselines for task in mixture.tasks),
             task_ids={name: i for i, name in enumerate(meta["tasks"])},
             predictor=predictor,
             progress=update,
         )
     # Baselines do not depend on the checkpoint.
-    baselines.update({result.task: result.baselines for result in results if result.task not in baselines})
+    baselines.update(
+        {
+            result.task: result.baselines
+            for result in results
+            if not (result.error or result.task in baselines)
+        }
+    )
     results = [dataclasses.replace(r, baselines={} if r.error else baselines[r.task]) for r in results]
     if jax.process_index() == 0:
         path = evaluate.results_path(opened.directory, mixture.name)

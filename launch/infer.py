@@ -46,7 +46,10 @@ def run(args: argparse.Namespace) -> int:
     codec = infer.text_codec(opened.directory, opened.data.lengths)
     params, meta = model_dir.restore(opened, steps[0])
     predictor = model_dir.predictor(opened, args)
-    settings = {"model_dir": str(opened.directory.resolve()), "step": steps[0]}
+    settings = {"model_dir": str(opened.directory.resolve()), "step": steps[0]} | {
+        "batch_size": opened.data.batch_size,
+        "gin_bindings": args.gin_bindings,
+    }
     if args.mode == "predict":
         settings |= dataclasses.asdict(predictor.config)
     with screen.progress(args.mode) as update:
@@ -66,5 +69,9 @@ def run(args: argparse.Namespace) -> int:
     if summary.cut_inputs:
         print(f"{summary.cut_inputs} inputs were longer than {opened.data.lengths['inputs']} tokens, and cut")
     if summary.unknown_tasks:
-        print(f"{summary.unknown_tasks} lines name a task that the checkpoint was not trained on")
+        hint = tree.unknown_name("task", summary.first_unknown, meta["tasks"])
+        print(
+            f"{summary.unknown_tasks} lines name a task that the checkpoint was not trained on, and were answered "
+            f"without one. {hint}"
+        )
     return 0

@@ -23,8 +23,8 @@ def mixture(
     """Cache a mixture in the first of cache_dirs unless one of them holds it.
 
     `module` and `modules` register its SeqIO tasks; they are imported, with TensorFlow, only to cache, in a
-    process of its own. With use_cached_tasks a missing or stale cache is an error instead. Raises ValueError
-    too where the cached tasks have another vocabulary than the one asked for.
+    process of its own. With use_cached_tasks a missing cache is an error instead. What is cached is used as it
+    is: `mtjax cache` finds out which tasks have changed since. Raises ValueError too where the cached tasks have another vocabulary than the one asked for.
     """
     try:
         cached = cache.open_mixture(cache_dirs, name)
@@ -32,8 +32,7 @@ def mixture(
         if use_cached_tasks:
             raise
     else:
-        if vocabulary:
-            _check_vocabulary(cached, vocabulary)
+        check_vocabulary(cached, vocabulary)
         return
     listed = [module] if isinstance(module, str) else list(module or ())
     command = [sys.executable, "-m", "mtjax.launch.main", "cache", f"--mixture={name}"]
@@ -46,7 +45,10 @@ def mixture(
         raise ValueError(f"The mixture {name!r} could not be cached; the reason stands above.")
 
 
-def _check_vocabulary(cached: cache.Mixture, specification: str) -> None:
+def check_vocabulary(cached: cache.Mixture, specification: str | None) -> None:
+    """Raise ValueError where a mixture is cached with another vocabulary than `specification` (None: any)."""
+    if not specification:
+        return
     wanted = open_vocabulary(specification)
     for task in cached.tasks:
         have = task.vocabulary("targets")

@@ -14,7 +14,7 @@ EXAMPLES = """
 examples:
   mtjax tasks list                      mixtures, and what is cached of them
   mtjax tasks list python_docs          the tasks of a mixture: family, sizes, rate, metrics
-  mtjax tasks show python_docs_kind     examples of a task after each preprocessing stage
+  mtjax tasks show python_docs_code_kindexamples of a task after each preprocessing stage
   mtjax tasks stats python_docs         token statistics of what is cached
 """
 SPLITS = ("train", "validation", "test")

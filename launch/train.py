@@ -103,7 +103,8 @@ def configure(args: argparse.Namespace, *, defaults: Mapping[str, Any] | None = 
 
 def check_model_dir(model_dir: Path, text: str) -> None:
     """Raise ValueError where model_dir holds something else than this run."""
-    from mtjax.launch import config
+    from mtjax import checkpoint
+    from mtjax.launch import config, screen
 
     saved = model_dir / CONFIG
     if not saved.is_file():
@@ -112,9 +113,19 @@ def check_model_dir(model_dir: Path, text: str) -> None:
         if model_dir.exists() and not model_dir.is_dir():
             raise ValueError(f"MODEL_DIR {str(model_dir)!r} is a file.")
         return
+    if not checkpoint.checkpoint_steps(model_dir):
+        return  # it never came to a checkpoint, perhaps for what has changed since
+    changes = config.differences(saved.read_text("utf-8"), text)
+    if "TRAIN_STEPS" in changes and text.count("%TRAIN_STEPS") > 1:
+        old, new = changes["TRAIN_STEPS"]
+        users = [line.split("=")[0].strip() for line in text.splitlines() if "%TRAIN_STEPS" in line]
+        screen.console().print(
+            f"TRAIN_STEPS changes from {old} to {new}, which {', '.join(users)} use: from here on the run is not "
+            f"what {new} steps from the start would have been."
+        )
     differing = [
         f"  {name}: {old} -> {new}"
-        for name, (old, new) in config.differences(saved.read_text("utf-8"), text).items()
+        for name, (old, new) in changes.items()
         if old is not None and name not in FREE and not name.startswith(FREE_OF)
     ]
     if differing:
@@ -164,8 +175,8 @@ def program_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _dry_run(config: Any) -> int:
     from mtjax import train
-    from mtjax.data import cache
-    from mtjax.launch import screen
+    from mtjax.data import cache, pipeline
+    from mtjax.launch import prepare, screen
 
     arguments = config.arguments(train.fit)
     data = arguments["data"]
@@ -174,6 +185,11 @@ def _dry_run(config: Any) -> int:
         why_unknown = ""
     except ValueError as error:
         mixture, why_unknown = None, str(error)
+    if mixture:
+        with pipeline.open_stream(data):  # checks lengths and batch
+            pass
+        if config.is_bound(prepare.mixture):
+            prepare.check_vocabulary(mixture, config.arguments(prepare.mixture).get("vocabulary"))
     tasks = None if mixture else train.TaskTable((data.mixture,), ("not cached",))
     program = train.prepare(**program_arguments(arguments), tasks=tasks)
     out = screen.console()

@@ -63,6 +63,7 @@ class Summary(NamedTuple):
     done_before: int
     cut_inputs: int  # of the lines done now
     unknown_tasks: int  # of the lines done now: named a task that the checkpoint has not
+    first_unknown: str = ""  # the first such name
 
 
 def infer(
@@ -99,7 +100,7 @@ def infer(
     begun = range(done // size * size, total if done < total else 0, size)
     requests = read_requests(input_path, mode=mode, is_rank=is_rank)
     requests = itertools.islice(requests, begun.start, None)
-    num_cut = num_unknown = 0
+    num_cut, unknown = 0, []
     with open(output_path, "ab") as file:
         for start in begun:
             window = list(itertools.islice(requests, size))
@@ -117,8 +118,8 @@ def infer(
             new = range(max(done - start, 0), len(window))
             _append(file, [window[i] | {ADDED[mode]: values[i]} for i in new])
             num_cut += sum(were_cut[i] for i in new)
-            num_unknown += sum("task" in window[i] and examples[i].task_id < 0 for i in new)
-    return Summary(total, done, num_cut, num_unknown)
+            unknown += [window[i]["task"] for i in new if "task" in window[i] and examples[i].task_id < 0]
+    return Summary(total, done, num_cut, len(unknown), unknown[0] if unknown else "")
 
 
 def read_requests(path: Path, *, mode: str, is_rank: bool = False) -> Iterator[dict[str, Any]]:

@@ -116,13 +116,14 @@ class Console:
     def _training(self, step: int, values: Mapping[str, float]) -> str:
         done = max(step - self.first_step, 1)
         left = (time.monotonic() - self.started) / done * (self.train_steps - step)
-        counts = _by_family(values, "examples") or _by_family(values, "tokens")
+        examples = _by_family(values, "examples")
+        counts = examples or _by_family(values, "tokens")
         total = sum(counts.values()) or 1.0
         largest = sorted(counts, key=counts.__getitem__, reverse=True)[:4]
         shares = " ".join(f"{name} {100 * counts[name] / total:.0f}%" for name in largest)
         return (
             f"step {step}/{self.train_steps}  loss {values['train/loss']:.4f}  "
-            f"{values.get('train/tokens_per_second', 0):,.0f} tokens/s  {shares}  {_duration(left)} left"
+            f"{values.get('train/tokens_per_second', 0):,.0f} tokens/s  {'examples' if examples else 'targets'}: {shares}  {_duration(left)} left"
         )
 
     def text(self, message: str) -> None:

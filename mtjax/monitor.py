@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mtjax import tree
 from mtjax.losses import TaskSums
 from mtjax.program import StepMetrics, TaskTable
 
@@ -143,8 +145,10 @@ class Patience:
 
     def note(self, metrics: Mapping[str, float]) -> None:
         """Compare an evaluation with the best one."""
+        if self.metric not in metrics:
+            raise tree.unknown_name("evaluation metric", self.metric, sorted(metrics))
         value = self.sign * metrics[self.metric]
-        if self.best is None or value < self.best:
+        if not math.isnan(value) and (self.best is None or value < self.best):
             self.best, self.waited = value, 0
         else:
             self.waited += 1

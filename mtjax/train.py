@@ -16,9 +16,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mtjax import checkpoint, evaluate, host_memory, log, monitor, optim, predict, program, sharding
+from mtjax import checkpoint, evaluate, host_memory, log, monitor, optim, predict, program, sharding, tree
 from mtjax.data import cache, pipeline, vocabulary
-from mtjax.losses import LossConfig
+from mtjax.losses import LossConfig, TaskSums
 from mtjax.program import Program, StepMetrics, TaskTable, TrainState
 from mtjax.types import Balancer, Model, Params, Peft
 
@@ -46,6 +46,10 @@ class Evaluation:
     mode: str = "min"
     patience: int = 0
 
+    def __post_init__(self) -> None:
+        if self.mode not in ("min", "max"):
+            raise tree.unknown_name("mode of the evaluation metric", self.mode, ["min", "max"])
+
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
@@ -71,6 +75,25 @@ def _check_vocabulary(model: Model, tasks: Sequence[cache.CachedTask]) -> None:
                 f"The model has vocab_size={model.config.vocab_size}, but the vocabulary of task {task.name!r} "
                 f"has {size} ids. Set vocab_size to at least {size} (a multiple of 128 is fast)."
             )
+
+
+def _check_metric(run: Program, tasks: Sequence[cache.CachedTask], evaluation: Evaluation) -> None:
+    """Refuse a metric that no evaluation will have, before the first step."""
+    if not evaluation.every:
+        return
+    counts: Any = np.ones((len(TaskSums._fields), len(tasks)))
+    ones, total = TaskSums(*counts), TaskSums(*counts[:, 0])
+    known = [
+        *monitor.overall(total, prefix="validation"),
+        "validation/mean_task_loss",
+        *monitor.scalars_of(run.tasks, ones, prefix="validation/"),
+    ]
+    if evaluation.decode:
+        known += [f"validation/task/{task.name}/{name}" for task in tasks for name in task.metrics]
+    prefix, _, _ = evaluation.metric.rpartition("/")
+    decoded = {f"validation/task/{task.name}" for task in tasks} if evaluation.decode else set()
+    if evaluation.metric not in known and prefix not in decoded:  # one metric may give several scores
+        raise tree.unknown_name("evaluation metric", evaluation.metric, known)
 
 
 def prepare(
@@ -165,8 +188,24 @@ def _check_resume(saved: Mapping[str, Any], now: Mapping[str, Any], *, writer: l
         )
 
 
+def _check_initial_vocabulary(path: str, vocabulary_of: Mapping[str, str]) -> None:
+    """Refuse to start from parameters that were trained with other ids."""
+    known = set(checkpoint.read_meta(path)["vocabulary"].values())
+    if differing := [name for name, fingerprint in vocabulary_of.items() if fingerprint not in known]:
+        raise ValueError(
+            f"The vocabulary of {differing[:5]} is not the one that the checkpoint {path!r} was trained with "
+            f"({', '.join(sorted(known))}): its embeddings would mean other tokens. Cache these tasks with that "
+            "vocabulary (--vocabulary, another --cache_dir)."
+        )
+
+
 def _start(
-    run: Program, checkpointer: checkpoint.Checkpointer, *, seed: int, initial_checkpoint: str | None
+    run: Program,
+    checkpointer: checkpoint.Checkpointer,
+    *,
+    seed: int,
+    initial_checkpoint: str | None,
+    meta: Mapping[str, Any],
 ) -> tuple[TrainState, Mapping[str, Any] | None, Mapping[str, Any]]:
     """Return (state, host, meta): restored; or with host None, from an initial checkpoint's parameters or new."""
     if checkpointer.latest() is not None:
@@ -174,6 +213,7 @@ def _start(
     key = jax.random.key(seed)
     if initial_checkpoint is None:
         return run.init(key), None, {}
+    _check_initial_vocabulary(initial_checkpoint, meta["vocabulary"])
     abstract = jax.eval_shape(run.merge, run.abstract)
     abstract = jax.tree.map(
         lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
@@ -222,10 +262,13 @@ class _Profiler:
 
     def __call__(self, step: int) -> None:
         """Start before the first step, stop before the last."""
-        if self.steps and step == self.steps[0]:
+        if not self.steps:
+            return
+        is_in = self.steps[0] <= step < self.steps[1]
+        if is_in and not self.is_on:
             jax.profiler.start_trace(self.directory)
             self.is_on = True
-        elif self.steps and step >= self.steps[1]:
+        elif not is_in:
             self.close()
 
     def close(self) -> None:
@@ -271,6 +314,8 @@ def fit(
 
     Raises ValueError for a run that cannot start and NonFiniteError for one that diverged.
     """
+    if train_steps < 1:
+        raise ValueError(f"train_steps must be at least 1, got {train_steps}.")
     evaluation, saving = evaluation or Evaluation(), saving or Saving()
     devices = sharding.make_mesh(mesh)
     num_hosts, host = sharding.data_hosts(devices)
@@ -291,6 +336,7 @@ def fit(
         ema_decay=ema_decay,
     )
     profiler = _Profiler(profile_steps, os.path.join(model_dir, "profile"))
+    _check_metric(run, stream.tasks, evaluation)
     meta = _meta(run, model, stream.tasks, config_text)
     checkpointer = checkpoint.Checkpointer(
         model_dir,
@@ -301,7 +347,9 @@ def fit(
         best_mode=evaluation.mode,
         asynchronous=saving.asynchronous,
     )
-    state, position, saved = _start(run, checkpointer, seed=seed, initial_checkpoint=initial_checkpoint)
+    state, position, saved = _start(
+        run, checkpointer, seed=seed, initial_checkpoint=initial_checkpoint, meta=meta
+    )
     patience = monitor.Patience(metric=evaluation.metric, mode=evaluation.mode, patience=evaluation.patience)
     seen = monitor.Seen()
     start = int(state.step)
@@ -438,7 +486,7 @@ def _loop(
     """Take the steps; log, evaluate and save between them."""
     window = monitor.Window(run.tasks)
     scalars: dict[str, float] = {}
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float] = {}  # of the last evaluation, which may be some steps ago
     last: StepMetrics | None = None
     is_over = False
     for step in steps:
@@ -456,7 +504,8 @@ def _loop(
             _check_finite(step, now, run.tasks)
             scalars = window.close(positions_per_step=_positions(batch)) | seen.scalars(stream.report())
             writer.scalars(done, scalars)
-        if evaluation.every and (done % evaluation.every == 0 or is_last):
+        is_evaluated = bool(evaluation.every) and (done % evaluation.every == 0 or is_last)
+        if is_evaluated:
             metrics = validate(run.merge(state))
             writer.scalars(done, metrics)
             stream.observe(done, metrics)
@@ -469,7 +518,7 @@ def _loop(
                 "patience": patience.state(),
                 "seen": seen.state(stream.report()),
             }
-            checkpointer.save(done, state, host=host, meta=meta, metrics=metrics or None)
+            checkpointer.save(done, state, host=host, meta=meta, metrics=metrics if is_evaluated else None)
         if is_over:
             writer.text(
                 f"Stopped at step {done}: {evaluation.metric} has not improved {patience.waited} times."

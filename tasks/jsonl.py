@@ -63,6 +63,8 @@ def _check_row(row: Any, required: Sequence[str], where: str) -> None:
         if not isinstance(row.get(name), str):
             got = f"{type(row[name]).__name__}" if name in row else f"only {sorted(row)}"
             raise ValueError(f"{where}: expected a string {name!r}, got {got}.")
+        if any("\ud800" <= character <= "\udfff" for character in row[name]):
+            raise ValueError(f"{where}: {name!r} has half of a surrogate pair, which is no character.")
     if not row[required[-1]].strip():
         raise ValueError(f"{where}: {required[-1]!r} is empty; a model cannot learn from it. Drop the line.")
     for name in ("references", "choices"):
@@ -141,6 +143,20 @@ def _read_description(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(
             f"{path}: expected an object that lists `metrics`; known: {sorted(metrics.METRICS)}."
         )
+    kinds = {
+        "name": str,
+        "family": str,
+        "instruction": str,
+        "metrics": list,
+        "num_examples": dict,
+        "labels": list,
+    }
+    for name, kind in kinds.items():
+        if not isinstance(description.get(name, kind()), kind):
+            raise ValueError(
+                f"{path}: {name!r} must be a {kind.__name__}, got {description[name]!r}; leave it out where "
+                "there is none."
+            )
     description = {"name": path.parent.name, "family": path.parent.parent.name, **description}
     if not re.fullmatch(r"[\w.:#]+", description["name"]):
         raise ValueError(f"{path}: {description['name']!r} is no task name; use letters, digits and _ . : #")

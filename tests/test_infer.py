@@ -219,6 +219,7 @@ def test_long_inputs_are_cut_with_eos_and_counted(params, tmp_path):
     lines = [{"inputs": "x" * 100, "task": "new"}, {"inputs": "x" * 39}]
     summary = run(params, write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", task_ids={"known": 0})
     assert (summary.cut_inputs, summary.unknown_tasks) == (1, 1)
+    assert summary.first_unknown
 
 
 def test_separators_inside_texts_are_no_line_ends(params, tmp_path):

@@ -1,6 +1,7 @@
 """The command itself: fast help, one message per mistake, T5X's flags."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -127,15 +128,27 @@ def test_a_closed_pipe_is_no_error():
     assert "BrokenPipe" not in done.stderr
 
 
-def test_model_directories_of_others_are_refused(tmp_path):
+def test_model_directories_of_others_are_refused(tmp_path, capsys):
     text = "A = 1\nTRAIN_STEPS = 5\ntrain.Saving.every = 3\nNAME = 'x'\n"
     launch_train.check_model_dir(tmp_path / "new", text)
     (tmp_path / "config.gin").write_text(text)
+    launch_train.check_model_dir(
+        tmp_path, text.replace("A = 1", "A = 2")
+    )  # it never saved: any run may start
+    (tmp_path / "checkpoints" / "5").mkdir(parents=True)
     launch_train.check_model_dir(tmp_path, text)
     longer = text.replace("5", "50").replace("every = 3", "every = 7")
     launch_train.check_model_dir(tmp_path, longer)
     with pytest.raises(ValueError, match=r"(?s)another run, which differs in\n  A: 1 -> 2\nResume it"):
         launch_train.check_model_dir(tmp_path, text.replace("A = 1", "A = 2"))
+    scheduled = (
+        text + "optim.learning_rate.steps_per_cycle = %TRAIN_STEPS\ntrain.fit.train_steps = %TRAIN_STEPS\n"
+    )
+    (tmp_path / "config.gin").write_text(scheduled)
+    capsys.readouterr()
+    launch_train.check_model_dir(tmp_path, scheduled.replace("= 5", "= 6"))
+    assert "optim.learning_rate.steps_per_cycle" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "checkpoints")
     (tmp_path / "config.gin").rename(tmp_path / "holiday.txt")
     with pytest.raises(ValueError, match="is not empty and holds no run"):
         launch_train.check_model_dir(tmp_path, text)

@@ -113,7 +113,7 @@ def test_piped_output_is_a_plain_line_a_step():
     console.text("Tasks [a, b] of {'x': 1} [bold]stay[/bold]")
     console.close()
     first, second, third = stream.getvalue().splitlines()
-    assert first.startswith("step 100/200  loss 3.1416  12,346 tokens/s  code 75% text/qa 25%  0:0")
+    assert first.startswith("step 100/200  loss 3.1416  12,346 tokens/s  targets: code 75% text/qa 25%  0:0")
     assert first.endswith(" left")
     assert second == "step 100  validation/loss 2.0000  validation/accuracy 0.5000"
     assert third == "Tasks [a, b] of {'x': 1} [bold]stay[/bold]"

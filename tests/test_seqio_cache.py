@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 seqio = pytest.importorskip("seqio")
 tf = pytest.importorskip("tensorflow")
 
-from mtjax.data import cache, seqio_cache, vocabulary  # noqa: E402
+from mtjax.data import cache, publish, seqio_cache, vocabulary  # noqa: E402
 from mtjax.data.online import online  # noqa: E402
 
 BYTES = seqio.ByteVocabulary(extra_ids=100)
@@ -263,9 +263,10 @@ def test_an_unfinished_task_is_no_task_and_is_cleared_away(lines, tmp_path):
     directory = tmp_path / "cache"
     add("one", lines())
     seqio_cache.cache_tasks(["one"], directory)
-    (directory / ".tmp-999999999-two").mkdir()
-    (directory / ".tmp-999999999-two" / "metadata.json").write_text("{}")
-    mine = directory / f".tmp-{os.getpid()}-three"
+    gone = f".tmp-999999999-{publish._host()}-0-two"
+    (directory / gone).mkdir()
+    (directory / gone / "metadata.json").write_text("{}")
+    mine = publish._temporary(directory / "three")
     mine.mkdir()
     assert cache.task_names(directory) == ["one"]
     (directory / "one" / "metadata.json").unlink()
@@ -273,6 +274,16 @@ def test_an_unfinished_task_is_no_task_and_is_cleared_away(lines, tmp_path):
     assert seqio_cache.cache_tasks(["one"], directory) == ["one"]
     assert cache.open_task(directory, "one").source("train")[0]["targets"].size
     assert [path.name for path in directory.glob(".tmp*")] == [mine.name]
+    # Of an earlier process with our id, of another machine just now, and long ago.
+    reused, elsewhere, old = (
+        directory / f".tmp-{os.getpid()}-{name}"
+        for name in (f"{publish._host()}-0-four", "otherhost-0-five", "otherhost-0-six")
+    )
+    for path in (reused, elsewhere, old):
+        path.mkdir()
+    os.utime(old, (0, 0))
+    publish.remove_abandoned(directory)
+    assert set(directory.glob(".tmp*")) == {mine, elsewhere}
 
 
 def test_a_full_disk_leaves_no_half_task(lines, tmp_path, monkeypatch):

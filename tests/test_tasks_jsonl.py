@@ -218,3 +218,20 @@ def test_right_predictions_score_full_marks_on_every_real_task(registry):
             for name, value in metric(targets, right).items():
                 full = name not in ("sari", "rouge2", "bleu", "chrf", "final_number_accuracy")
                 assert value == pytest.approx(100) or (not full and value > 0), (task.name, name, value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("instruction", None), ("num_examples", None), ("metrics", "accuracy"), ("labels", "yes")],
+)
+def test_a_field_of_the_wrong_kind_is_named(tmp_path, registry, field, value):
+    make_task(tmp_path, "numerals", **{field: value})
+    with pytest.raises(ValueError, match=rf"task\.json: '{field}' must be a"):
+        jsonl.register(tmp_path)
+
+
+def test_half_a_surrogate_pair_is_named_with_its_line(tmp_path, registry):
+    make_task(tmp_path, "numerals", rows=[*ROWS, {"inputs": "a\ud800", "targets": "1"}])
+    jsonl.register(tmp_path)
+    with pytest.raises(ValueError, match=r"test\.jsonl:3: 'inputs' has half of a surrogate pair"):
+        examples("numerals")

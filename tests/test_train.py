@@ -157,6 +157,34 @@ def test_an_initial_checkpoint_gives_parameters_only(fit):
     assert_equal(state(first, 8), state(second, 1))
 
 
+def test_an_initial_checkpoint_with_other_ids_is_refused(fit):
+    first = fit("first", train_steps=1)
+    (meta,) = (p for p in first.glob("checkpoints/1/meta/*") if '"vocabulary"' in p.read_text())
+    content = json.loads(meta.read_text())
+    content["vocabulary"] = dict.fromkeys(content["vocabulary"], "another")
+    meta.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"train_copy.*not the one that the checkpoint.*another"):
+        fit("second", initial_checkpoint=str(first), train_steps=1)
+
+
+def test_a_checkpoint_holds_its_own_steps_metrics_alone(fit):
+    run = fit(evaluation=train.Evaluation(every=4, examples=2), saving=train.Saving(every=2, keep_last=9))
+    held = {int(path.name): (path / "metrics").exists() for path in run.glob("checkpoints/*")}
+    assert held == {2: False, 4: True, 6: False, 8: True}
+
+
+def test_an_unknown_evaluation_metric_is_refused_before_the_first_step(fit, tmp_path):
+    with pytest.raises(ValueError, match=r"'validation/los'.*Did you mean 'validation/loss'"):
+        fit("typo", evaluation=train.Evaluation(every=2, metric="validation/los"))
+    assert not list((tmp_path / "typo").glob("checkpoints/*"))
+    fit(
+        "fine",
+        evaluation=train.Evaluation(every=8, metric="validation/task/train_count/accuracy", mode="max"),
+    )
+    with pytest.raises(ValueError, match="'maximum'"):
+        train.Evaluation(mode="maximum")
+
+
 def test_early_stopping_stops(fit):
     run = fit(
         optimizer=optim.transformation("sgd", 0.0),

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import os
 import pathlib
+import platform
 import shutil
+import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
@@ -14,11 +19,29 @@ import numpy as np
 
 from mtjax.data import records
 
+ABANDONED_AFTER_S = 2 * 24 * 3600  # what another machine has not touched for so long
+_TOKEN = uuid.uuid4().hex[:8]
+
+
+def _temporary(final: pathlib.Path, *, mark: str = "") -> pathlib.Path:
+    """Name a file or folder that only this process writes: .tmp-<pid>-<host>-<token>-..."""
+    return final.with_name(f".tmp-{os.getpid()}-{_host()}-{_TOKEN}-{mark}{final.name}")
+
+
+@functools.cache
+def _host() -> str:
+    """Return a name of what process ids are unique in: a boot of a machine, or a container on it."""
+    parts = [platform.node()]
+    with contextlib.suppress(OSError):
+        parts.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text())
+        parts.append(str(os.stat("/proc/self/ns/pid").st_ino))
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()[:8]
+
 
 @contextlib.contextmanager
 def folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
     """Give a temporary folder that takes the place of `final` where the block ends without an error."""
-    temporary = final.with_name(f".tmp-{os.getpid()}-{final.name}")
+    temporary = _temporary(final)
     temporary.mkdir()
     try:
         yield temporary
@@ -32,7 +55,7 @@ def folder(final: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def write(path: pathlib.Path, content: bytes) -> None:
     """Replace a file."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    temporary = _temporary(path)
     with temporary.open("wb") as file:
         file.write(content)
         file.flush()
@@ -48,15 +71,29 @@ def write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 def remove_abandoned(directory: pathlib.Path) -> None:
     """Delete the unfinished folders and files of processes that are gone."""
     for path in [*directory.glob(".tmp-*"), *directory.glob("*/.tmp-*")]:
-        try:
-            os.kill(int(path.name.split("-")[1]), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        with contextlib.suppress(FileNotFoundError):  # finished just now
+            if _is_abandoned(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_abandoned(path: pathlib.Path) -> bool:
+    _, pid, host, token, *_ = [*path.name.split("-", 4), "", "", ""]
+    if host != _host():
+        return time.time() - path.stat().st_mtime > ABANDONED_AFTER_S
+    if pid == str(os.getpid()):
+        return token != _TOKEN  # an earlier process had our id
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's, and alive
+        return False
+    return False
 
 
 def _retire(final: pathlib.Path) -> None:
     if final.exists():
-        old = final.with_name(f".tmp-{os.getpid()}-old-{final.name}")
+        old = _temporary(final, mark="old-")
         final.rename(old)
         shutil.rmtree(old)
 
