@@ -46,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
     codec = infer.text_codec(opened.directory, opened.data.lengths)
     params, meta = model_dir.restore(opened, steps[0])
     predictor = model_dir.predictor(opened, args)
-    settings = {"model_dir": str(opened.directory.resolve()), "step": steps[0]} | {
+    settings = {
+        "model_dir": str(opened.directory.resolve()),
+        "step": steps[0],
         "batch_size": opened.data.batch_size,
         "gin_bindings": args.gin_bindings,
     }

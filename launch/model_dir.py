@@ -132,10 +132,9 @@ def _trained_tasks(directory: Path) -> Any:
     """Return the tasks of the last checkpoint; None, so that the cache is asked, before there is one."""
     from mtjax import checkpoint, train
 
-    steps = checkpoint.checkpoint_steps(directory)
-    if not steps:
+    if not checkpoint.checkpoint_steps(directory):
         return None
-    meta = checkpoint.read_meta(directory / checkpoint.FOLDER / str(steps[-1]))
+    meta = checkpoint.read_meta(directory)
     return train.TaskTable(tuple(meta["tasks"]), tuple(meta["families"]))
 
 

@@ -23,8 +23,9 @@ def mixture(
     """Cache a mixture in the first of cache_dirs unless one of them holds it.
 
     `module` and `modules` register its SeqIO tasks; they are imported, with TensorFlow, only to cache, in a
-    process of its own. With use_cached_tasks a missing cache is an error instead. What is cached is used as it
-    is: `mtjax cache` finds out which tasks have changed since. Raises ValueError too where the cached tasks have another vocabulary than the one asked for.
+    process of its own. With use_cached_tasks a missing cache is an error instead. What is cached is used as
+    it is: `mtjax cache` finds out which tasks have changed since. Raises ValueError too where the cached tasks
+    have another vocabulary than the one asked for.
     """
     try:
         cached = cache.open_mixture(cache_dirs, name)

@@ -63,8 +63,12 @@ def _check_row(row: Any, required: Sequence[str], where: str) -> None:
         if not isinstance(row.get(name), str):
             got = f"{type(row[name]).__name__}" if name in row else f"only {sorted(row)}"
             raise ValueError(f"{where}: expected a string {name!r}, got {got}.")
-        if any("\ud800" <= character <= "\udfff" for character in row[name]):
-            raise ValueError(f"{where}: {name!r} has half of a surrogate pair, which is no character.")
+        try:
+            row[name].encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"{where}: {name!r} has half of a surrogate pair, which is no character."
+            ) from None
     if not row[required[-1]].strip():
         raise ValueError(f"{where}: {required[-1]!r} is empty; a model cannot learn from it. Drop the line.")
     for name in ("references", "choices"):

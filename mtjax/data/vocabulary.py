@@ -12,6 +12,8 @@ from typing import Any
 import sentencepiece as sentencepiece_lib
 from sentencepiece import sentencepiece_model_pb2
 
+from mtjax.data import publish
+
 PAD_ID = 0
 _NUM_SPECIAL = 3  # pad, eos, unk
 _NUM_BYTES = 256
@@ -135,9 +137,9 @@ def write(directory: str | pathlib.Path, features: Mapping[str, tuple[Vocabulary
     description = {}
     for name, (vocabulary, add_eos) in features.items():
         if vocabulary.model:
-            model_path(vocabulary.fingerprint, directory).write_bytes(vocabulary.model)
+            publish.write(model_path(vocabulary.fingerprint, directory), vocabulary.model)
         description[name] = {"vocabulary": vocabulary.spec(), "add_eos": add_eos}
-    (directory / FEATURES).write_text(json.dumps(description, indent=2), "utf-8")
+    publish.write_json(directory / FEATURES, description)
 
 
 def read(directory: str | pathlib.Path) -> dict[str, tuple[Vocabulary, bool]]:
