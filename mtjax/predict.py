@@ -107,8 +107,10 @@ def predictor(
     online.check_architecture(architecture)
     sharding.check_divides(mesh, batch_size)
     replicated = NamedSharding(mesh, PartitionSpec())  # so that every host reads all results
-    sums = jax.jit(functools.partial(target_sums, model), out_shardings=replicated)
-    search = jax.jit(_search(model, config, eos_id=eos_id), static_argnums=3, out_shardings=replicated)
+    sums = sharding.on_mesh(functools.partial(target_sums, model), mesh)
+    sums = jax.jit(sums, out_shardings=replicated)
+    search = sharding.on_mesh(_search(model, config, eos_id=eos_id), mesh)
+    search = jax.jit(search, static_argnums=3, out_shardings=replicated)
     max_length = config.max_length or lengths["targets"]
     calls: list[Any] = [sums, search]
 

@@ -300,6 +300,7 @@ def program(
     loss: loss_lib.LossConfig | None = None,
     mesh: Mapping[str, int] | Mesh | None = None,
     rules: sharding.Rules = sharding.PARAMETER_RULES,
+    activation_rules: sharding.Rules = sharding.ACTIVATION_RULES,
     microbatches: int = 1,
     group_by: str | Mapping[str, str] = "task",
     ema_decay: float | None = None,
@@ -356,19 +357,25 @@ def program(
     model_shardings = sharding.parameter_shardings(mesh, rules, jax.eval_shape(merge, abstract))
     rows = sharding.batch_sharding(mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
+    on_mesh = functools.partial(sharding.on_mesh, mesh=mesh, rules=activation_rules)
     return Program(
         mesh=mesh,
         tasks=tasks,
         groups=groups,
         abstract=abstract,
         shardings=shardings,
-        init=jax.jit(init, out_shardings=shardings),
-        start_from=jax.jit(start_from, in_shardings=(None, model_shardings), out_shardings=shardings),
-        step=jax.jit(
-            step, in_shardings=(shardings, rows), out_shardings=(shardings, replicated), donate_argnums=0
+        init=jax.jit(on_mesh(init), out_shardings=shardings),
+        start_from=jax.jit(
+            on_mesh(start_from), in_shardings=(None, model_shardings), out_shardings=shardings
         ),
-        evaluate=jax.jit(evaluate, in_shardings=(model_shardings, rows), out_shardings=replicated),
-        merge=jax.jit(merge, in_shardings=(shardings,), out_shardings=model_shardings),
+        step=jax.jit(
+            on_mesh(step),
+            in_shardings=(shardings, rows),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
+        ),
+        evaluate=jax.jit(on_mesh(evaluate), in_shardings=(model_shardings, rows), out_shardings=replicated),
+        merge=jax.jit(on_mesh(merge), in_shardings=(shardings,), out_shardings=model_shardings),
         model_shardings=model_shardings,
     )
 

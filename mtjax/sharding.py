@@ -6,9 +6,13 @@ layer. jax then partitions the computation.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import functools
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,7 +20,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mtjax import tree
-from mtjax.types import Batch, Params, PyTree
+from mtjax.types import Array, Batch, Params, PyTree
 
 P = PartitionSpec
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -36,6 +40,16 @@ PARAMETER_RULES: Rules = (
     (r".*/scale", P()),
 )
 """T5's parameters: matrices over 'fsdp' along the model width and over 'model' along the other dim."""
+
+ACTIVATION_RULES: Rules = (
+    (r"residual", P(ROW_AXES, "sequence")),  # [B, L, D]
+    (r"attention/query", P(ROW_AXES, "model", "sequence")),  # [B, H, L, K]
+    (r"attention/(key|value)", P(ROW_AXES, "model")),  # [B, H, S, K]: a query sees keys of the whole row
+    (r"mlp/hidden", P(ROW_AXES, "sequence", "model")),  # [B, L, F]
+    (r"logits", P(ROW_AXES, "sequence", "model")),  # [B, L, V]
+)
+"""Activations, named where the models call `constrain`: rows and lengths as in a batch, heads and widths over
+'model'."""
 
 
 # --- Mesh -------------------------------------------------------------------------------------------------
@@ -68,22 +82,130 @@ def _axis_sizes(shape: Mapping[str, int], num_devices: int) -> tuple[int, ...]:
 def make_mesh(shape: Mapping[str, int] | None = None, *, devices: Sequence[Any] | None = None) -> Mesh:
     """Build the mesh of all devices, by default {'data': -1}.
 
-    One axis may be -1, the rest of the devices; absent axes have size 1. Where 'slice' is the number of
-    slices (TPU pods joined by the data-centre network), its index is the slice. Raises ValueError for an
-    unknown axis and for sizes that do not multiply to the number of devices.
+    One axis may be -1, the rest of the devices; absent axes have size 1, but 'slice' the number of TPU slices
+    (pods joined by the data-centre network), whose index it is. Warns where an axis has to split a physical
+    one. Raises ValueError for an unknown axis and for sizes that do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = _axis_sizes({"data": -1} if shape is None else shape, len(devices))
-    slices = {getattr(device, "slice_index", 0) for device in devices}
-    if len(slices) > 1:
-        if sizes[0] != len(slices):
-            raise ValueError(
-                f"These devices form {len(slices)} slices; set the mesh axis 'slice' to {len(slices)}."
-            )
-        across = (sizes[0],) + (1,) * (len(AXES) - 1)
-        grid = mesh_utils.create_hybrid_device_mesh((1, *sizes[1:]), across, devices)
-        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    slices = {getattr(device, "slice_index", None) or 0 for device in devices if device.platform == "tpu"}
+    num_slices = max(len(slices), 1)
+    shape = {"slice": num_slices, **({"data": -1} if shape is None else shape)}
+    if num_slices > 1 and shape["slice"] != num_slices:
+        raise ValueError(
+            f"These devices form {num_slices} slices; set the mesh axis 'slice' to {num_slices}."
+        )
+    sizes = _axis_sizes(shape, len(devices))
+    # Some shapes, such as 4 x 128 on a cube of 8 x 8 x 8, need a physical axis in two logical ones.
+    if num_slices > 1:
+        across = (num_slices,) + (1,) * (len(AXES) - 1)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            (1, *sizes[1:]), across, devices, allow_split_physical_axes=True
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    if split := split_axes(mesh):
+        warnings.warn(
+            f"The mesh axes {split} of {dict(zip(AXES, sizes, strict=True))} each take only a part of a physical "
+            f"axis of this slice, {_torus(mesh)}: their rings are open, so their collectives may take twice as "
+            "long. Sizes that are products of whole physical axes avoid it.",
+            stacklevel=2,
+        )
+    return mesh
+
+
+def _position(device: Any) -> tuple[int, ...]:
+    """Return a TPU core's place in its slice: chip coordinates, then core on chip."""
+    return (*device.coords, device.core_on_chip)
+
+
+def _torus(mesh: Mesh) -> str:
+    """Describe the physical axes of a TPU slice, as in '4 x 4'."""
+    sizes = 1 + np.max([_position(device) for device in mesh.devices.flat], axis=0)
+    return " x ".join(str(size) for size in sizes if size > 1)
+
+
+def split_axes(mesh: Mesh) -> list[str]:
+    """List the mesh axes that take only a part of a TPU slice's physical axis; none on other platforms."""
+    if not hasattr(mesh.devices.flat[0], "coords"):
+        return []
+    positions = np.array([_position(device) for device in mesh.devices.flat])
+    sizes = 1 + positions.max(axis=0)
+    positions = positions.reshape(*mesh.devices.shape, -1)
+    split = []
+    for dim, axis in enumerate(mesh.axis_names):
+        if axis == "slice" or mesh.shape[axis] == 1:
+            continue
+        line = np.moveaxis(positions, dim, 0).reshape(mesh.shape[axis], -1, len(sizes))
+        varies = (line != line[:1]).any(axis=(0, 1))
+        if sizes[varies].prod() != mesh.shape[axis]:
+            split.append(axis)
+    return split
+
+
+class _Traced(NamedTuple):
+    """What a function under `on_mesh` is traced for."""
+
+    mesh: Mesh
+    rules: Rules
+
+
+_TRACED: contextvars.ContextVar[_Traced | None] = contextvars.ContextVar("traced", default=None)
+
+
+@contextlib.contextmanager
+def tracing(mesh: Mesh, rules: Rules = ACTIVATION_RULES) -> Iterator[None]:
+    """Make a mesh and the rules of activations visible to what is traced in the body."""
+    token = _TRACED.set(_Traced(mesh, rules))
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield
+    finally:
+        _TRACED.reset(token)
+
+
+def on_mesh(function: Callable[..., Any], mesh: Mesh, rules: Rules = ACTIVATION_RULES) -> Callable[..., Any]:
+    """Wrap a function that is going to be jitted, so that its body sees the mesh."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with tracing(mesh, rules):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def current_mesh() -> Mesh | None:
+    """Return the mesh that the running trace is for; None outside of `tracing` and `on_mesh`."""
+    traced = _TRACED.get()
+    return None if traced is None else traced.mesh
+
+
+def platform() -> str:
+    """Return the platform the running trace is for: 'cpu', 'gpu' or 'tpu', present here or not."""
+    mesh = current_mesh()
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
+def constrain(x: Array, name: str) -> Array:
+    """Lay out an activation as the rule for its name says; without a mesh, or on one device, return x.
+
+    A dim that its axes do not divide (one decoded position, an odd number of heads) is left to the compiler.
+    Raises ValueError for a name without a rule, and a rule for more dims than x has.
+    """
+    traced = _TRACED.get()
+    if traced is None or traced.mesh.size == 1:
+        return x
+    spec = tuple(tree.lookup(traced.rules, name, what="activation"))
+    if len(spec) > x.ndim:
+        raise ValueError(f"The rule {spec} for activation {name!r} has more dims than its shape {x.shape}.")
+    spec += (None,) * (x.ndim - len(spec))
+    sizes = [math.prod(traced.mesh.shape[axis] for axis in _axes_of(entry)) for entry in spec]
+    fitting = [
+        P.UNCONSTRAINED if size % parts else entry
+        for size, parts, entry in zip(x.shape, sizes, spec, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, NamedSharding(traced.mesh, P(*fitting)))
 
 
 def abstract_mesh(shape: Mapping[str, int], num_devices: int) -> AbstractMesh:

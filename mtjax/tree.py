@@ -46,7 +46,7 @@ def map_with_path(function: Callable[..., Any], tree: PyTree, *rest: PyTree) -> 
     )
 
 
-def lookup(rules: Sequence[tuple[str, V]], path: str) -> V:
+def lookup(rules: Sequence[tuple[str, V]], path: str, *, what: str = "parameter") -> V:
     """Return the value of the first rule whose regex matches the whole path.
 
     Raises ValueError where no rule does.
@@ -55,7 +55,7 @@ def lookup(rules: Sequence[tuple[str, V]], path: str) -> V:
         if re.fullmatch(pattern, path):
             return value
     raise ValueError(
-        f"No rule matches parameter {path!r}. Rules, in order: {[pattern for pattern, _ in rules]}. "
+        f"No rule matches {what} {path!r}. Rules, in order: {[pattern for pattern, _ in rules]}. "
         "Add a rule, or a last ('.*', ...) for everything else."
     )
 

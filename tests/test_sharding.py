@@ -192,6 +192,44 @@ def test_a_batch_on_one_device():
     assert sharding.data_hosts(mesh) == (1, 0)
 
 
+def test_the_mesh_is_seen_while_tracing_only():
+    mesh, seen = sharding.make_mesh(devices=jax.devices()[:1]), []
+
+    def body(x):
+        seen.append((sharding.current_mesh(), sharding.platform()))
+        return sharding.constrain(x, "residual")
+
+    x = jnp.ones((2, 3, 4))
+    jaxpr = jax.make_jaxpr(sharding.on_mesh(body, mesh))(x)
+    assert seen == [(mesh, "cpu")] and not jaxpr.eqns  # nothing to lay out on one device
+    assert sharding.current_mesh() is None and sharding.constrain(x, "no such name") is x
+
+
+def test_activations_are_laid_out_by_their_rules_where_the_axes_divide_them():
+    out = run_on_eight_devices("""
+        import jax, jax.numpy as jnp
+        from mtjax import sharding
+        mesh = sharding.make_mesh({"fsdp": 2, "sequence": 2, "model": 2})
+        for shape, name in [((4, 6, 8), "mlp/hidden"), ((4, 1, 8), "mlp/hidden"), ((4, 3, 6, 8), "attention/query")]:
+            f = sharding.on_mesh(lambda x: sharding.constrain(x, name), mesh)
+            (constraint,) = jax.make_jaxpr(f)(jnp.ones(shape)).eqns
+            print(constraint.params["sharding"].spec)
+        for name, shape in [("mlp/hiden", (4, 6, 8)), ("mlp/hidden", (4, 6))]:
+            try:
+                jax.make_jaxpr(sharding.on_mesh(lambda x: sharding.constrain(x, name), mesh))(jnp.ones(shape))
+            except ValueError as error:
+                print(error)
+    """)
+    rows = "('slice', 'data', 'fsdp', 'expert')"
+    fits, decodes, odd_heads, misspelt, too_few = out.splitlines()
+    assert fits == f"PartitionSpec({rows}, 'sequence', 'model')"
+    assert decodes == f"PartitionSpec({rows}, UNCONSTRAINED, 'model')"
+    assert odd_heads == f"PartitionSpec({rows}, UNCONSTRAINED, 'sequence', None)"
+    assert (
+        "No rule matches activation 'mlp/hiden'" in misspelt and "more dims than its shape (4, 6)" in too_few
+    )
+
+
 @pytest.mark.slow
 def test_eight_devices_take_the_steps_of_one():
     """Sharded parameters, state and batch: same loss and updates as on one device, nothing gathered whole."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mtjax import sharding
 from mtjax.models.layers import Linear, dropout, fan_in_normal
 from mtjax.types import Array, Context
 
@@ -227,7 +228,9 @@ class Attention(nnx.Module):
     def keys_values(self, source_BSD: Array, context: Context) -> tuple[Array, Array]:
         """Project a source to keys and values [B, H, S, K], of the heads that have their own."""
         key_BHSK = self.split_heads(self.key(source_BSD, context))
-        return key_BHSK, self.split_heads(self.value(source_BSD, context))
+        value_BHSK = self.split_heads(self.value(source_BSD, context))
+        key_BHSK = sharding.constrain(key_BHSK, "attention/key")
+        return key_BHSK, sharding.constrain(value_BHSK, "attention/value")
 
     def project_out(self, mixed_BHLK: Array, context: Context) -> Array:
         """Join the heads [B, H, L, K] and project them to [B, L, D]."""
@@ -237,7 +240,7 @@ class Attention(nnx.Module):
     def attend(self, x_BLD: Array, keys_values: tuple[Array, Array], bias: Bias, context: Context) -> Array:
         """Attend from x to keys and values [B, H, S, K] and project back to [B, L, D]."""
         key_BHSK, value_BHSK = map(self.for_every_head, keys_values)
-        query_BHLK = self.split_heads(self.query(x_BLD, context))
+        query_BHLK = sharding.constrain(self.split_heads(self.query(x_BLD, context)), "attention/query")
         # One mask for all queries, so that dropping weights is dropping values.
         value_BHSK = dropout(value_BHSK, self.dropout_rate, context=context, site=20, broadcast_dim=-1)
         return self.project_out(mix_values(query_BHLK, key_BHSK, value_BHSK, bias), context)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mtjax import sharding
 from mtjax.models import functional
 from mtjax.models.attention import Bias, attention_mask
 from mtjax.models.blocks import (
@@ -185,7 +186,8 @@ class DecoderOnly(nnx.Module):
         """Return float32 logits; tied ones are divided by sqrt(D)."""
         if self.config.logits_via_embedding:
             return self.decoder.token_embedder.attend(hidden_BLD)
-        return self.decoder.logits_dense(hidden_BLD.astype(jnp.float32), Context())
+        logits_BLV = self.decoder.logits_dense(hidden_BLD.astype(jnp.float32), Context())
+        return sharding.constrain(logits_BLV, "logits")
 
     def encode(self, batch: Mapping[str, Array]) -> dict[str, Any]:
         """Run the prefix, marked in decoder_causal_attention, of unpacked rows; keep its keys and values.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtjax import tree
+from mtjax import sharding, tree
 from mtjax.types import Array, Context, Features, Model, Output, Params
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
@@ -133,7 +133,8 @@ def run_layers(
     def step(x_BLD: Array, layer: tuple[Any, Array]) -> tuple[Array, dict[str, Array]]:
         module, i = layer
         key = None if context.key is None else jax.random.fold_in(context.key, i)
-        return call(module, x_BLD, dataclasses.replace(context, key=key))
+        x_BLD, aux = call(module, x_BLD, dataclasses.replace(context, key=key))
+        return sharding.constrain(x_BLD, "residual"), aux
 
     if (policy := REMAT_POLICIES[remat_policy]) is not None:
         step = jax.checkpoint(step, policy=policy, prevent_cse=not hasattr(owner, tree.STACK))

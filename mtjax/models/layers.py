@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtjax import tree
+from mtjax import sharding, tree
 from mtjax.types import Array, Context
 
 ACTIVATIONS = {
@@ -65,13 +65,20 @@ class RMSNorm(nnx.Module):
         return (x * inverse * self.scale[...]).astype(x_BLD.dtype)
 
 
+def on_one_cpu() -> bool:
+    """Tell whether the running trace is for one CPU device."""
+    mesh = sharding.current_mesh()
+    return sharding.platform() == "cpu" and (mesh is None or mesh.size == 1)
+
+
 def matmul(x: Array, kernel: Array) -> Array:
     """Multiply [..., in] by [in, out].
 
-    On a CPU the leading dims are merged first: XLA then needs no transposed copies for the kernel's gradient
-    (a feed-forward block's step takes half the time). Elsewhere they stay apart, so that each can be sharded.
+    On one CPU device the leading dims are merged first: XLA then needs no transposed copies for the kernel's
+    gradient (a feed-forward block's step takes half the time). Elsewhere they stay apart, so that each can be
+    sharded.
     """
-    if jax.default_backend() != "cpu":
+    if not on_one_cpu():
         return x @ kernel
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
@@ -107,7 +114,7 @@ class MlpBlock(nnx.Module):
 
     def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, dict[str, Array]]:
         """Return the block's output and its auxiliary losses (none)."""
-        parts = [getattr(self, name)(x_BLD, context) for name in self.names]
+        parts = [sharding.constrain(getattr(self, name)(x_BLD, context), "mlp/hidden") for name in self.names]
         # Recomputed in the backward pass from `parts` alone: elementwise work is cheaper than its memory.
         return jax.checkpoint(self.project_out)(parts, context), {}
 
@@ -135,14 +142,14 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens_BL: Array, dtype: str) -> Array:
         """Return the embeddings [B, L, D] of tokens in the given dtype."""
-        return self.embedding[...][tokens_BL].astype(dtype)
+        return sharding.constrain(self.embedding[...][tokens_BL].astype(dtype), "residual")
 
     def pair(self, first_BS: Array, second_BL: Array, dtype: str) -> tuple[Array, Array]:
         """Return the embeddings of two batches of tokens.
 
-        On a CPU by one gather: its gradient then fills one table of zeros, not two.
+        On one CPU device by one gather: its gradient then fills one table of zeros, not two.
         """
-        if jax.default_backend() != "cpu":
+        if not on_one_cpu():
             return self(first_BS, dtype), self(second_BL, dtype)
         both = self(jnp.concatenate([first_BS, second_BL], axis=1), dtype)
         return both[:, : first_BS.shape[1]], both[:, first_BS.shape[1] :]
@@ -150,4 +157,4 @@ class Embed(nnx.Module):
     def attend(self, hidden_BLD: Array) -> Array:
         """Return float32 logits [B, L, V] against the embeddings, scaled by 1/sqrt(D)."""
         hidden_BLD = hidden_BLD.astype(jnp.float32) / jnp.sqrt(hidden_BLD.shape[-1]).astype(jnp.float32)
-        return matmul(hidden_BLD, self.embedding[...].T)
+        return sharding.constrain(matmul(hidden_BLD, self.embedding[...].T), "logits")

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mtjax import sharding
 from mtjax.models import functional
 from mtjax.models.attention import Bias, attention_mask
 from mtjax.models.blocks import (
@@ -290,7 +291,8 @@ class T5(nnx.Module):
         """Return float32 logits; tied ones are divided by sqrt(D)."""
         if self.config.logits_via_embedding:
             return self.token_embedder.attend(hidden_BLD)
-        return self.decoder.logits_dense(hidden_BLD.astype(jnp.float32), Context())
+        logits_BLV = self.decoder.logits_dense(hidden_BLD.astype(jnp.float32), Context())
+        return sharding.constrain(logits_BLV, "logits")
 
     def _encode(
         self, x_BSD: Array, batch: Mapping[str, Array], context: Context
