@@ -179,6 +179,11 @@ def _chunked(
     return tuple(values)
 
 
+def non_padding(batch: Batch, side: str) -> Array:
+    """Return which tokens of one side ('encoder' or 'decoder') of a batch are not padding, bool [B, L]."""
+    return batch["encoder_input_tokens" if side == "encoder" else "decoder_target_tokens"] > 0
+
+
 def token_counts(batch: Batch, *, num_tasks: int) -> tuple[Array, Array]:
     """Return target tokens per task [T] and in total, from data alone."""
     weights_BL = batch["decoder_loss_weights"].astype(jnp.float32)

@@ -14,6 +14,8 @@ from mtjax import tree
 from mtjax.losses import TaskSums
 from mtjax.program import StepMetrics, TaskTable
 
+PER_TASK_SHARES = 2048  # tasks times experts, up to which each task's share of every expert is logged
+
 
 def means(sums: TaskSums, names: Sequence[str]) -> dict[str, dict[str, float]]:
     """Divide [T] sums by their tokens, on the host: {name: {loss, accuracy, tokens, ...}}; tasks without tokens are left out."""
@@ -61,6 +63,37 @@ def scalars_of(tasks: TaskTable, sums: TaskSums, *, prefix: str = "") -> dict[st
     }
 
 
+def routing(stats: Mapping[str, Any], names: Sequence[str]) -> dict[str, float]:
+    """Name the means of a mixture of experts: {side}/moe/..., and task/<name>/{side}/moe/... per task.
+
+    expert_share/<e> is expert e's part of the router's choices, before any is dropped, and load_imbalance the
+    largest part times the number of experts (1: balanced); drop_rate the part of tokens that no expert took;
+    entropy that of the router's distribution, in nats. Means are over tokens and sparse layers.
+
+    stats are what models.moe returns: sums per task, the last row for tokens of no task. Per task the shares
+    of experts are named where there are at most PER_TASK_SHARES of them.
+    """
+    scalars: dict[str, float] = {}
+    for side in sorted({name.partition("/")[0] for name in stats}):
+        load, dropped, entropy, tokens = (
+            np.asarray(stats[f"{side}/{what}"], np.float64)
+            for what in ("expert_load", "dropped", "entropy", "tokens")
+        )
+        rows = {f"{side}/moe": slice(None)}
+        if len(tokens) == len(names) + 1:
+            rows |= {f"task/{name}/{side}/moe": slice(i, i + 1) for i, name in enumerate(names)}
+        for prefix, row in rows.items():
+            if (count := tokens[row].sum()) == 0:
+                continue
+            share = load[row].sum(0) / max(load[row].sum(), 1.0)
+            scalars[f"{prefix}/load_imbalance"] = float(share.max() * len(share))
+            scalars[f"{prefix}/drop_rate"] = float(dropped[row].sum() / count)
+            scalars[f"{prefix}/entropy"] = float(entropy[row].sum() / count)
+            if row == slice(None) or load.size <= PER_TASK_SHARES:
+                scalars |= {f"{prefix}/expert_share/{e}": float(part) for e, part in enumerate(share)}
+    return scalars
+
+
 class Totals:
     """Sums over steps, added up step by step in float64, so that a stop in between changes no bit.
 
@@ -75,6 +108,7 @@ class Totals:
         """Start again from nothing."""
         self._waiting: list[StepMetrics] = []
         self._sums = [_sums(np.zeros((len(TaskSums._fields), len(self.names)))), _sums(np.zeros(4))]
+        self._stats: dict[str, Any] = {}
 
     def add(self, metrics: StepMetrics) -> None:
         """Take in a step, without waiting for it."""
@@ -82,25 +116,40 @@ class Totals:
 
     def sums(self) -> tuple[TaskSums, TaskSums]:
         """Return the sums per task [T] and in total."""
-        waiting = [(metrics.is_finite, (metrics.tasks, metrics.total)) for metrics in self._waiting]
-        for is_finite, step in jax.device_get(waiting):
+        self._fetch()
+        return self._sums[0], self._sums[1]
+
+    def stats(self) -> dict[str, Any]:
+        """Return the sums of the model's statistics."""
+        self._fetch()
+        return self._stats
+
+    def _fetch(self) -> None:
+        waiting = [(m.is_finite, (m.tasks, m.total), m.stats) for m in self._waiting]
+        for is_finite, step, stats in jax.device_get(waiting):
             if not is_finite:  # a skipped step taught nothing
                 continue
             self._sums = [
                 _sums(x + np.asarray(y, np.float64) for x, y in zip(sums, more, strict=True))
                 for sums, more in zip(self._sums, step, strict=True)
             ]
+            for name, value in stats.items():
+                self._stats[name] = self._stats.get(name, 0.0) + np.asarray(value, np.float64)
         self._waiting = []
-        return self._sums[0], self._sums[1]
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""
-        return {"sums": [[np.asarray(x).tolist() for x in part] for part in self.sums()]}
+        return {
+            "sums": [[np.asarray(x).tolist() for x in part] for part in self.sums()],
+            "stats": {name: value.tolist() for name, value in self.stats().items()},
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's sums."""
         self._waiting = []
         self._sums = [_sums(np.array(x, np.float64) for x in part) for part in state["sums"]]
+        stats = state.get("stats", {})  # checkpoints of before there were any
+        self._stats = {name: np.array(value, np.float64) for name, value in stats.items()}
 
 
 class Window:
@@ -135,6 +184,7 @@ class Window:
             if np.ndim(value) == 0:
                 scalars[f"train/{name}"] = float(value)
         scalars |= scalars_of(self.tasks, per_task)
+        scalars |= routing(self.totals.stats(), self.tasks.names)
         self.totals.clear()
         self._restart_clock()
         return scalars

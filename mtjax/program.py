@@ -21,7 +21,7 @@ from mtjax import losses as loss_lib
 from mtjax import optim, sharding, tree
 from mtjax.balance import uniform
 from mtjax.peft import full
-from mtjax.types import Array, At, Balancer, Batch, Model, Params, Peft, PyTree
+from mtjax.types import Array, At, Balancer, Batch, Model, Params, Peft, PyTree, Whole
 
 
 class TrainState(NamedTuple):
@@ -53,6 +53,7 @@ class StepMetrics(NamedTuple):
     is_finite: Array
     balance: dict[str, Array]
     aux: dict[str, Array]
+    stats: dict[str, Array]  # of the model, sums by name; see monitor.routing
 
 
 class Program(NamedTuple):
@@ -97,6 +98,7 @@ class _Losses(NamedTuple):
     tasks: loss_lib.TaskSums
     total: loss_lib.TaskSums
     aux: dict[str, Array]
+    stats: dict[str, Array]
 
 
 def _split_rows(batch: Batch, microbatches: int) -> Batch:
@@ -112,11 +114,11 @@ def _add(a: PyTree, b: PyTree) -> PyTree:
 
 
 def _forward(model: Model, peft: Peft, config: loss_lib.LossConfig, group_of_T: np.ndarray, num_groups: int):
-    """Build losses(params, frozen, batch, key, denominator, share) -> ((losses_G, aux), _Losses)."""
+    """Build losses(params, frozen, batch, key, denominator, whole) -> ((losses_G, aux), _Losses)."""
 
-    def forward(params, frozen, batch, key, denominator, total_tokens):
+    def forward(params, frozen, batch, key, denominator, whole):
         merged = peft.merge(frozen, params)
-        features = model.features(merged, batch, key=key)
+        features = model.features(merged, batch, key=key, whole=whole)
         tasks, total = loss_lib.task_sums(
             functools.partial(model.logits, merged),
             features.hidden_BLD,
@@ -125,11 +127,9 @@ def _forward(model: Model, peft: Peft, config: loss_lib.LossConfig, group_of_T: 
             config=config,
         )
         losses_G = jax.ops.segment_sum(tasks.loss_T, group_of_T, num_groups) / denominator
-        # An auxiliary loss is a mean over a microbatch's tokens: weigh it by the microbatch's share of them.
-        share = total.tokens_T / jnp.maximum(total_tokens, 1.0)
-        aux = {name: value * share for name, value in features.aux.items()}
-        aux_loss = sum(aux.values(), jnp.float32(0))
-        return (losses_G, aux_loss), _Losses(losses_G, aux_loss, tasks, total, aux)
+        aux_loss = sum(features.aux.values(), jnp.float32(0))
+        said = _Losses(losses_G, aux_loss, tasks, total, features.aux, features.stats)
+        return (losses_G, aux_loss), said
 
     return forward
 
@@ -185,6 +185,12 @@ def _denominator(config: loss_lib.LossConfig, total_tokens: Array) -> Array:
     return jnp.float32(config.normalizing_factor)
 
 
+def _whole(batch: Batch, num_tasks: int) -> Whole:
+    sides = ("encoder", "decoder") if "encoder_input_tokens" in batch else ("decoder",)
+    tokens = {side: loss_lib.non_padding(batch, side).sum(dtype=jnp.float32) for side in sides}
+    return Whole(tokens, num_tasks)
+
+
 def _keep_if(condition: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
@@ -208,11 +214,12 @@ def _make_step(
     def differentiate(params, state, batch, total, w_G):
         denominator = _denominator(loss, total)
         key = jax.random.fold_in(state.key, state.step)
+        whole = _whole(batch, num_tasks)
         if microbatches == 1:
-            return _whole_batch(lambda p: forward(p, state.frozen, batch, key, denominator, total), params)
+            return _whole_batch(lambda p: forward(p, state.frozen, batch, key, denominator, whole), params)
         keys = jax.random.split(key, microbatches)
         rows = _split_rows(batch, microbatches)
-        one = lambda p, b, k: forward(p, state.frozen, b, k, denominator, total)  # noqa: E731
+        one = lambda p, b, k: forward(p, state.frozen, b, k, denominator, whole)  # noqa: E731
         return _micro_batches(one, params, rows, keys, w_G)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -248,6 +255,7 @@ def _make_step(
             is_finite,
             stats,
             said.aux,
+            said.stats,
         )
         return new, metrics
 

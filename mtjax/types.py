@@ -33,14 +33,36 @@ class Context:
     segment_ids: Array | None = None  # [B, L] int32, 0 = padding
     positions: Array | None = None  # [B, L] int32, counted from the start of each segment
     key: Array | None = None
+    tokens: Array | None = None  # [B, L] int32, the ids that are fed in
+    mask: Array | None = None  # [B, L] bool, False at padding; None: no padding
+    num_tokens: Array | None = None  # float32 scalar, see Whole; None: those of `mask`
     train: bool = dataclasses.field(default=False, metadata={"static": True})
+    num_tasks: int = dataclasses.field(default=0, metadata={"static": True})  # 0: not told apart
+
+
+class Whole(NamedTuple):
+    """What a batch, perhaps a microbatch, is part of: the global batch, and the run."""
+
+    num_tokens: dict[str, Array]  # float32 scalars, non-padding tokens of 'encoder' and 'decoder'
+    num_tasks: int  # of the run
+
+
+class Aux(NamedTuple):
+    """What layers say beside their activations, summed over layers."""
+
+    losses: dict[str, Array]  # by name, float32 scalars that are added to the loss
+    stats: dict[str, Array]  # sums by name, logged and never differentiated
 
 
 class Features(NamedTuple):
-    """The last hidden states, before the output projection, and auxiliary losses by name."""
+    """The last hidden states, before the output projection, and what Aux holds.
+
+    Auxiliary losses and statistics add up over the microbatches of a batch.
+    """
 
     hidden_BLD: Array
     aux: dict[str, Array]
+    stats: dict[str, Array]
 
 
 class Output(NamedTuple):
@@ -59,7 +81,9 @@ class Model(NamedTuple):
 
     config: Any
     init: Callable[[Array], Params]
-    features: Callable[..., Features]  # (params, batch, *, key=None); dropout only where a key is given
+    features: Callable[
+        ..., Features
+    ]  # (params, batch, *, key=None, whole=None); dropout only where a key is given
     logits: Callable[[Params, Array], Array]  # (params, hidden_BLD) -> float32 logits_BLV
     apply: Callable[..., Output]  # (params, batch, *, key=None)
     encode: Callable[[Params, Batch], PyTree]

@@ -35,7 +35,7 @@ def step(loss, *, worse=0.0):
     tasks = TaskSums(per_task, zeros, zeros, np.array([5.0, 5.0]))
     total = TaskSums(*(np.sum(x) for x in tasks))
     is_finite = np.isfinite(loss)
-    return StepMetrics(tasks, total, np.float32(1), np.float32(1), is_finite, {}, {})
+    return StepMetrics(tasks, total, np.float32(1), np.float32(1), is_finite, {}, {}, {})
 
 
 def losses(count):

@@ -236,7 +236,7 @@ class _Recorder:
 def _metrics(loss):
     per_task = TaskSums(*np.array([[loss, 0.0], [0, 0], [0, 0], [1.0, 0.0]], np.float32))
     total = TaskSums(*np.array([loss, 0, 0, 1.0], np.float32))
-    return StepMetrics(per_task, total, *np.zeros(2, np.float32), np.True_, {}, {})
+    return StepMetrics(per_task, total, *np.zeros(2, np.float32), np.True_, {}, {}, {})
 
 
 @pytest.mark.parametrize("stop", range(1, 7))

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mtjax import tree
+from mtjax import losses, tree
 from mtjax.models import functional
 from mtjax.models.attention import Attention, Bias, RelativePositionBias
 from mtjax.models.layers import MlpBlock, dropout
-from mtjax.types import Array, Context
+from mtjax.types import Array, Context, Whole
 
 DTYPES = ("float32", "bfloat16")
 
@@ -86,9 +86,23 @@ def residual_dropout(rate: float, context: Context) -> Callable[[Array, int], Ar
     return lambda x_BLD, site: dropout(x_BLD, rate, context=context, site=site, broadcast_dim=-2)
 
 
-def batch_context(batch: Mapping[str, Array], side: str, *, key: Array | None) -> Context:
-    """Collect what layers get beside the activations of one side ('encoder' or 'decoder') of a batch."""
+def batch_context(
+    batch: Mapping[str, Array],
+    side: str,
+    *,
+    key: Array | None,
+    whole: Whole | None = None,
+    mask_BL: Array | None = None,
+) -> Context:
+    """Collect what layers get beside the activations of one side ('encoder' or 'decoder') of a batch.
+
+    mask_BL says what is not padding, where the batch's tokens do not.
+    """
     return Context(
+        tokens=batch[f"{side}_input_tokens"],
+        mask=losses.non_padding(batch, side) if mask_BL is None else mask_BL,
+        num_tokens=None if whole is None else whole.num_tokens[side],
+        num_tasks=0 if whole is None else whole.num_tasks,
         task_ids=batch.get(f"{side}_task_ids"),
         segment_ids=batch.get(f"{side}_segment_ids"),
         positions=batch.get(f"{side}_positions"),
@@ -97,11 +111,12 @@ def batch_context(batch: Mapping[str, Array], side: str, *, key: Array | None) -
     )
 
 
-def cache_context(cache: Mapping[str, Any], *, num_beams: int) -> Context:
+def cache_context(cache: Mapping[str, Any], tokens_B: Array, *, num_beams: int) -> Context:
     """Build the context of one decoded position; a task id of each source holds for its beams."""
-    if "task_ids" not in cache:
-        return Context()
-    return Context(task_ids=jnp.repeat(cache["task_ids"], num_beams, axis=0))
+    task_ids = cache.get("task_ids")
+    if task_ids is not None:
+        task_ids = jnp.repeat(task_ids, num_beams, axis=0)
+    return Context(task_ids=task_ids, tokens=tokens_B[:, None])
 
 
 def empty_cache(config: Any, rows: int, max_length: int, *, num_layers: int) -> Any:

@@ -34,7 +34,7 @@ from mtjax.models.blocks import (
     with_step_bias_of,
 )
 from mtjax.models.layers import Embed, Linear, RMSNorm, dropout, fan_in_truncated
-from mtjax.types import Array, Context, Features, Model
+from mtjax.types import Array, Aux, Context, Features, Model, Whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +90,7 @@ class DecoderOnlyLayer(nnx.Module):
         self.mlp = mlp_block(config, mlp_key)
         self.dropout_rate = config.dropout_rate
 
-    def __call__(self, x_BLD: Array, bias: Bias, context: Context) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x_BLD: Array, bias: Bias, context: Context) -> tuple[Array, Aux]:
         """Return the layer's output and its auxiliary losses."""
         drop = residual_dropout(self.dropout_rate, context)
         y_BLD = self.pre_self_attention_layer_norm(x_BLD)
@@ -155,10 +155,10 @@ class DecoderOnly(nnx.Module):
         self.decoder = Decoder(config, key)
         self.config = config
 
-    def features(self, batch: Mapping[str, Array], key: Array | None) -> Features:
+    def features(self, batch: Mapping[str, Array], key: Array | None, whole: Whole | None = None) -> Features:
         """Return the last hidden states for a batch of whole sequences."""
         config, decoder = self.config, self.decoder
-        context = batch_context(batch, "decoder", key=key)
+        context = batch_context(batch, "decoder", key=key, whole=whole)
         bidirectional = config.inputs_bidirectional_attention
         mask = attention_mask(
             keys_BS=batch["decoder_target_tokens"] > 0,
@@ -180,7 +180,7 @@ class DecoderOnly(nnx.Module):
         )
         x_BLD = decoder.decoder_norm(x_BLD)
         x_BLD = dropout(x_BLD, config.dropout_rate, context=context, site=1001, broadcast_dim=-2)
-        return Features(x_BLD, aux)
+        return Features(x_BLD, *aux)
 
     def logits(self, hidden_BLD: Array) -> Array:
         """Return float32 logits; tied ones are divided by sqrt(D)."""
@@ -200,8 +200,8 @@ class DecoderOnly(nnx.Module):
                 "after them, 0 elsewhere."
             )
         decoder, tokens_BP = self.decoder, batch["decoder_input_tokens"]
-        context = batch_context(batch, "decoder", key=None)
         prefix_BP = batch["decoder_causal_attention"] != 0
+        context = batch_context(batch, "decoder", key=None, mask_BL=prefix_BP)
         mask = attention_mask(
             keys_BS=prefix_BP,
             causal=True,
@@ -231,7 +231,7 @@ class DecoderOnly(nnx.Module):
     def decode(self, cache: dict[str, Any], tokens_B: Array) -> tuple[Array, dict[str, Any]]:
         """Run one position of every row; returns float32 logits [B, V] and the grown cache."""
         decoder, step, length_B = self.decoder, cache["step"], cache["length_B"]
-        context = cache_context(cache, num_beams=tokens_B.shape[0] // length_B.shape[0])
+        context = cache_context(cache, tokens_B, num_beams=tokens_B.shape[0] // length_B.shape[0])
         prefix_length = jax.tree.leaves(cache["prefix"])[0].shape[-2]
         max_length = jax.tree.leaves(cache["own"])[0].shape[-2]
         # The prefix [B, H, 1, P]: a query at length + step sees keys before `length`.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtjax import sharding, tree
-from mtjax.types import Array, Context, Features, Model, Output, Params
+from mtjax.types import Array, Aux, Context, Features, Model, Output, Params, Whole
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
@@ -68,7 +68,7 @@ def bind(abstract: nnx.Module, params: Params) -> Any:
 def functional(make: Callable[[Array], Any], *, config: Any, flops: Callable[..., float]) -> Model:
     """Turn `make(key) -> nnx module` into a Model of pure functions of nested dicts.
 
-    The module has the methods features(batch, key), logits(hidden_BLD), encode(batch),
+    The module has the methods features(batch, key, whole), logits(hidden_BLD), encode(batch),
     start(encoding, max_length, num_beams), decode(cache, tokens_B) and reorder(cache, rows_B). A cache is a
     dict whose `first_B` are the tokens to feed first. `flops` becomes Model.flops.
     """
@@ -77,16 +77,22 @@ def functional(make: Callable[[Array], Any], *, config: Any, flops: Callable[...
     def init(key: Array) -> Params:
         return parameters(make(key))
 
-    def features(params: Params, batch: Mapping[str, Array], *, key: Array | None = None) -> Features:
-        return bind(abstract, params).features(batch, key)
+    def features(
+        params: Params,
+        batch: Mapping[str, Array],
+        *,
+        key: Array | None = None,
+        whole: Whole | None = None,
+    ) -> Features:
+        return bind(abstract, params).features(batch, key, whole)
 
     def logits(params: Params, hidden_BLD: Array) -> Array:
         return bind(abstract, params).logits(hidden_BLD)
 
     def apply(params: Params, batch: Mapping[str, Array], *, key: Array | None = None) -> Output:
         module = bind(abstract, params)
-        hidden_BLD, aux = module.features(batch, key)
-        return Output(module.logits(hidden_BLD), aux)
+        features = module.features(batch, key, None)
+        return Output(module.logits(features.hidden_BLD), features.aux)
 
     def encode(params: Params, batch: Mapping[str, Array]) -> Any:
         return bind(abstract, params).encode(batch)
@@ -118,19 +124,19 @@ def add_layers(
 
 def run_layers(
     owner: nnx.Module,
-    call: Callable[[Any, Array, Context], tuple[Array, dict[str, Array]]],
+    call: Callable[[Any, Array, Context], tuple[Array, Aux]],
     x_BLD: Array,
     context: Context,
     *,
     num_layers: int,
     remat_policy: str,
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, Aux]:
     """Run call(layer, x, context) over all layers of `owner`; each layer gets its own dropout key.
 
-    Returns the last x and the layers' auxiliary losses, summed over layers.
+    Returns the last x and the layers' auxiliary losses and statistics, summed over layers.
     """
 
-    def step(x_BLD: Array, layer: tuple[Any, Array]) -> tuple[Array, dict[str, Array]]:
+    def step(x_BLD: Array, layer: tuple[Any, Array]) -> tuple[Array, Aux]:
         module, i = layer
         key = None if context.key is None else jax.random.fold_in(context.key, i)
         x_BLD, aux = call(module, x_BLD, dataclasses.replace(context, key=key))
@@ -141,11 +147,21 @@ def run_layers(
     if hasattr(owner, tree.STACK):
         x_BLD, aux = jax.lax.scan(step, x_BLD, (getattr(owner, tree.STACK), jnp.arange(num_layers)))
         return x_BLD, jax.tree.map(lambda values: values.sum(0), aux)
-    total: dict[str, Array] = {}
+    total = Aux({}, {})
     for i in range(num_layers):
         x_BLD, aux = step(x_BLD, (getattr(owner, f"{tree.STACK}_{i}"), jnp.int32(i)))
-        total = {name: total[name] + value if name in total else value for name, value in aux.items()}
+        total = add_aux(total, aux)
     return x_BLD, total
+
+
+def add_aux(first: Aux, second: Aux) -> Aux:
+    """Add auxiliary losses and statistics by name."""
+    return Aux(
+        *(
+            a | {name: a[name] + value if name in a else value for name, value in b.items()}
+            for a, b in zip(first, second, strict=True)
+        )
+    )
 
 
 def decode_layers(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtjax import sharding, tree
-from mtjax.types import Array, Context
+from mtjax.types import Array, Aux, Context
 
 ACTIVATIONS = {
     "linear": lambda x: x,
@@ -112,11 +112,11 @@ class MlpBlock(nnx.Module):
         self.wo = Linear(fan_in_truncated(wo_key, (mlp_dim, emb_dim)))
         self.dropout_rate = dropout_rate
 
-    def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x_BLD: Array, context: Context) -> tuple[Array, Aux]:
         """Return the block's output and its auxiliary losses (none)."""
         parts = [sharding.constrain(getattr(self, name)(x_BLD, context), "mlp/hidden") for name in self.names]
         # Recomputed in the backward pass from `parts` alone: elementwise work is cheaper than its memory.
-        return jax.checkpoint(self.project_out)(parts, context), {}
+        return jax.checkpoint(self.project_out)(parts, context), Aux({}, {})
 
     def project_out(self, parts: list[Array], context: Context) -> Array:
         """Return the product of the activated projections, projected back to [B, L, D]."""

@@ -34,7 +34,7 @@ from mtjax.models.blocks import (
     with_step_bias_of,
 )
 from mtjax.models.layers import Embed, Linear, RMSNorm, dropout, fan_in_truncated
-from mtjax.types import Array, Context, Features, Model
+from mtjax.types import Array, Aux, Context, Features, Model, Whole
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class EncoderLayer(nnx.Module):
         self.mlp = mlp_block(config, mlp_key)
         self.dropout_rate = config.dropout_rate
 
-    def __call__(self, x_BLD: Array, bias: Bias, context: Context) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x_BLD: Array, bias: Bias, context: Context) -> tuple[Array, Aux]:
         """Return the layer's output and its auxiliary losses."""
         drop = residual_dropout(self.dropout_rate, context)
         y_BLD = self.pre_attention_layer_norm(x_BLD)
@@ -132,7 +132,7 @@ class DecoderLayer(nnx.Module):
         encoded_BSD: Array,
         biases: tuple[Bias, Bias],
         contexts: tuple[Context, Context],
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> tuple[Array, Aux]:
         """Return the layer's output and its auxiliary losses; biases and contexts: own, encoder's."""
         context, source_context = contexts
         drop = residual_dropout(self.dropout_rate, context)
@@ -192,7 +192,7 @@ class Encoder(nnx.Module):
         self.encoder_norm = RMSNorm(config.emb_dim)
         self.config = config
 
-    def __call__(self, x_BSD: Array, mask: Array, context: Context) -> tuple[Array, dict[str, Array]]:
+    def __call__(self, x_BSD: Array, mask: Array, context: Context) -> tuple[Array, Aux]:
         """Encode embeddings; returns also the auxiliary losses."""
         config, length = self.config, x_BSD.shape[1]
         bias = with_bias_of(self, Bias(mask), length)
@@ -234,7 +234,7 @@ class Decoder(nnx.Module):
         encoded_BSD: Array,
         masks: tuple[Array, Array],
         contexts: tuple[Context, Context],
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> tuple[Array, Aux]:
         """Decode embeddings of whole targets; masks and contexts: own, encoder's."""
         config, length = self.config, x_BLD.shape[1]
         context, source_context = contexts
@@ -262,11 +262,11 @@ class T5(nnx.Module):
         self.decoder = Decoder(config, decoder_key)
         self.config = config
 
-    def features(self, batch: Mapping[str, Array], key: Array | None) -> Features:
+    def features(self, batch: Mapping[str, Array], key: Array | None, whole: Whole | None = None) -> Features:
         """Return the decoder's last hidden states for a batch of whole targets."""
         encoder_key, decoder_key = (None, None) if key is None else jax.random.split(key)
-        source_context = batch_context(batch, "encoder", key=encoder_key)
-        context = batch_context(batch, "decoder", key=decoder_key)
+        source_context = batch_context(batch, "encoder", key=encoder_key, whole=whole)
+        context = batch_context(batch, "decoder", key=decoder_key, whole=whole)
         source_BSD, x_BLD = self.token_embedder.pair(
             batch["encoder_input_tokens"], batch["decoder_input_tokens"], self.config.dtype
         )
@@ -285,7 +285,7 @@ class T5(nnx.Module):
             ),
         )
         hidden_BLD, decoder_aux = self.decoder(x_BLD, encoded_BSD, masks, (context, source_context))
-        return Features(hidden_BLD, add_aux(encoder_aux, decoder_aux))
+        return Features(hidden_BLD, *functional.add_aux(encoder_aux, decoder_aux))
 
     def logits(self, hidden_BLD: Array) -> Array:
         """Return float32 logits; tied ones are divided by sqrt(D)."""
@@ -294,9 +294,7 @@ class T5(nnx.Module):
         logits_BLV = self.decoder.logits_dense(hidden_BLD.astype(jnp.float32), Context())
         return sharding.constrain(logits_BLV, "logits")
 
-    def _encode(
-        self, x_BSD: Array, batch: Mapping[str, Array], context: Context
-    ) -> tuple[Array, dict[str, Array]]:
+    def _encode(self, x_BSD: Array, batch: Mapping[str, Array], context: Context) -> tuple[Array, Aux]:
         mask = attention_mask(
             keys_BS=batch["encoder_input_tokens"] > 0,
             query_segments_BL=context.segment_ids,
@@ -337,7 +335,7 @@ class T5(nnx.Module):
     def decode(self, cache: dict[str, Any], tokens_B: Array) -> tuple[Array, dict[str, Any]]:
         """Run one position of every row; returns float32 logits [B, V] and the grown cache."""
         decoder, step = self.decoder, cache["step"]
-        context = cache_context(cache, num_beams=tokens_B.shape[0] // cache["mask"].shape[0])
+        context = cache_context(cache, tokens_B, num_beams=tokens_B.shape[0] // cache["mask"].shape[0])
         visible = Bias(jnp.arange(jax.tree.leaves(cache["own"])[0].shape[-2]) <= step)
         biases = (with_step_bias_of(decoder, visible, step), Bias(attention_mask(keys_BS=cache["mask"])))
         x_B1D, layers = functional.decode_layers(
@@ -353,8 +351,3 @@ class T5(nnx.Module):
     def reorder(self, cache: dict[str, Any], rows_B: Array) -> dict[str, Any]:
         """Pick rows of a cache. Beams of one source share its keys and values, which stay in place."""
         return cache | {"own": take_rows(cache["own"], rows_B, self.config)}
-
-
-def add_aux(first: dict[str, Array], second: dict[str, Array]) -> dict[str, Array]:
-    """Add auxiliary losses by name."""
-    return first | {name: first.get(name, 0.0) + value for name, value in second.items()}
