@@ -11,15 +11,29 @@ G routing groups of N tokens, mask_GN true where a token is no padding, the cont
 """
 
 from mtjax.models.routers.choice import ExpertChoice, Routing, Slots, TokenChoice, check_decoder
+from mtjax.models.routers.dselect_k import DSelectK
+from mtjax.models.routers.experts_choose import ExpertsChoose
 from mtjax.models.routers.gates import Linear
+from mtjax.models.routers.hashed import Hash
+from mtjax.models.routers.soft import Soft
+from mtjax.models.routers.task_level import TaskLevel
+from mtjax.models.routers.tasks import Descriptions, TaskEmbedding, TaskMatrix
 from mtjax.models.routers.top_k import Switch, TopK
 
 __all__ = [
+    "DSelectK",
+    "Descriptions",
     "ExpertChoice",
+    "ExpertsChoose",
+    "Hash",
     "Linear",
     "Routing",
     "Slots",
+    "Soft",
     "Switch",
+    "TaskEmbedding",
+    "TaskLevel",
+    "TaskMatrix",
     "TokenChoice",
     "TopK",
     "check_decoder",

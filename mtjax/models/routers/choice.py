@@ -52,6 +52,19 @@ def check_decoder(router: Any) -> None:
         )
 
 
+def several(weights_GNE: Array, taken_GNE: Array, probs_GNE: Array) -> TokenChoice:
+    """Send every token to all the experts that are marked as taken, largest weight first."""
+    num_experts = weights_GNE.shape[-1]
+    weights_GNK, experts_GNK = jax.lax.top_k(weights_GNE, num_experts)
+    taken_GNK = jnp.take_along_axis(taken_GNE, experts_GNK, axis=-1)
+    return TokenChoice(
+        jnp.where(taken_GNK, experts_GNK, num_experts),
+        jnp.where(taken_GNK, weights_GNK, 0.0),
+        None,
+        probs_GNE,
+    )
+
+
 def group_mean(values_GN: Array, mask_GN: Array) -> Array:
     """Return the mean [G] over each group's tokens; 0 for a group of padding only."""
     total_G = jnp.where(mask_GN, values_GN, 0.0).sum(-1)
