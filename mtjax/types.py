@@ -32,7 +32,6 @@ class Context:
     task_ids: Array | None = None  # [B, L] int32, -1 = a task never seen
     segment_ids: Array | None = None  # [B, L] int32, 0 = padding
     positions: Array | None = None  # [B, L] int32, counted from the start of each segment
-    tokens: Array | None = None  # [B, L] int32, the ids that were embedded
     key: Array | None = None
     tokens: Array | None = None  # [B, L] int32, the ids that are fed in
     mask: Array | None = None  # [B, L] bool, False at padding; None: no padding
