@@ -36,7 +36,7 @@ PARAMETER_RULES: Rules = (
     (r".*/mlp/wo/kernel", P("model", "fsdp")),
     (r".*/logits_dense/kernel", P("fsdp", "model")),
     # Heads need not divide the model axis where their joined width does, and this is tiny.
-    (r".*/relpos_bias/rel_embedding", P()),
+    (r".*relpos_bias/rel_embedding", P()),
     (r".*/scale", P()),
 )
 """T5's parameters: matrices over 'fsdp' along the model width and over 'model' along the other dim."""

@@ -1,4 +1,4 @@
-"""Hugging Face folders of T5, T5 1.1, Flan-T5, mT5, UMT5 and ByT5: config.json and safetensors.
+"""Hugging Face folders of T5, T5 1.1, Flan-T5, mT5, UMT5, ByT5 and LongT5: config.json and safetensors.
 
 Needs neither torch nor transformers. Tensors are views of the mapped files. torch's Linear keeps [out, in]
 and its Embedding [rows, width], so kernels and tables of relative biases are transposed.
@@ -21,7 +21,7 @@ from mtjax.convert.weights import Weights, checked
 from mtjax.data import vocabulary
 from mtjax.models import t5
 
-MODEL_TYPES = ("t5", "mt5", "umt5")
+MODEL_TYPES = ("t5", "mt5", "umt5", "longt5")
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 VOCABULARY = "spiece.model"
@@ -44,6 +44,13 @@ _BLOCKS = {
         ("encoder_decoder_attention", "EncDecAttention"),
         ("mlp", "DenseReluDense"),
     ),
+}
+# Our encoder_attention -> LongT5's encoder_attention_type, and what its blocks are called.
+_ENCODER_ATTENTION = {"local": "local", "transient_global": "transient-global"}
+_ENCODER_BLOCKS = {
+    "full": "SelfAttention",
+    "local": "LocalSelfAttention",
+    "transient_global": "TransientGlobalSelfAttention",
 }
 _NORMS = {
     "attention": "pre_attention_layer_norm",
@@ -74,6 +81,7 @@ def _layer_names(config: t5.T5Config, stack: str, i: int) -> dict[str, str]:
     ours = f"{stack}/layers_{i}"
     for j, (block, theirs) in enumerate(_BLOCKS[stack]):
         layer = f"{stack}.block.{i}.layer.{j}"
+        theirs = _ENCODER_BLOCKS[config.encoder_attention] if block == "attention" else theirs
         names[f"{ours}/{_NORMS[block]}/scale"] = f"{layer}.layer_norm.weight"
         if block == "mlp":
             is_gated = len(config.mlp_activations) > 1
@@ -82,11 +90,18 @@ def _layer_names(config: t5.T5Config, stack: str, i: int) -> dict[str, str]:
             parts = _PROJECTIONS
         for name, their_name in parts.items():
             names[f"{ours}/{block}/{name}/kernel"] = f"{layer}.{theirs}.{their_name}.weight"
-    table = f"{stack}.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight"
-    if config.relative_bias_per_layer:
-        names[f"{ours}/relpos_bias/rel_embedding"] = table
-    elif i == 0:
-        names[f"{stack}/relpos_bias/rel_embedding"] = table
+    has_own = stack == "encoder"
+    attention = _ENCODER_BLOCKS[config.encoder_attention if has_own else "full"]
+    tables = {"relpos_bias": "relative_attention_bias"}
+    if has_own and config.encoder_attention == "transient_global":
+        tables["global_relpos_bias"] = "global_relative_attention_bias"
+        norm = f"{stack}.block.{i}.layer.0.{attention}.global_input_layer_norm.weight"
+        names[f"{ours}/global_input_layer_norm/scale"] = norm
+    if config.relative_bias_per_layer or i == 0:
+        owner = ours if config.relative_bias_per_layer else stack
+        for name, their_name in tables.items():
+            table = f"{stack}.block.{i}.layer.0.{attention}.{their_name}.weight"
+            names[f"{owner}/{name}/rel_embedding"] = table
     return names
 
 
@@ -175,7 +190,23 @@ def _config(theirs: Mapping[str, Any], tensors: Mapping[str, np.ndarray], path: 
         relative_attention_num_buckets=theirs.get("relative_attention_num_buckets", 32),
         relative_attention_max_distance=theirs.get("relative_attention_max_distance", 128),
         relative_bias_per_layer=kind == "umt5",
+        **_long_attention(theirs, path),
     )
+
+
+def _long_attention(theirs: Mapping[str, Any], path: pathlib.Path) -> dict[str, Any]:
+    """Translate what LongT5's config.json says of its encoder."""
+    if theirs["model_type"] != "longt5":
+        return {}
+    ours = {name: kind for kind, name in _ENCODER_ATTENTION.items()}
+    kind = theirs.get("encoder_attention_type", "local")
+    if kind not in ours:
+        raise tree.unknown_name(f"encoder_attention_type in {str(path)!r}", str(kind), list(ours))
+    return {
+        "encoder_attention": ours[kind],
+        "local_radius": theirs.get("local_radius", 127),
+        "global_block_size": theirs.get("global_block_size", 16),
+    }
 
 
 def _is_shared(tensors: Mapping[str, np.ndarray]) -> bool:
@@ -314,10 +345,13 @@ def _their_config(weights: Weights) -> dict[str, Any]:
         raise ValueError("Hugging Face's UMT5 does not scale tied logits as ours are: not convertible.")
     kept = dict(origin["config"]) if origin.get("format") == "huggingface" else {}
     kept.pop("torch_dtype", None)  # the older name of dtype
-    kind = "umt5" if config.relative_bias_per_layer else "t5"
+    is_long = config.encoder_attention != "full"
+    if is_long and config.relative_bias_per_layer:
+        raise ValueError("Hugging Face's LongT5 has one table of relative biases a stack, not one a layer.")
+    kind = "longt5" if is_long else "umt5" if config.relative_bias_per_layer else "t5"
     defaults = {
         "model_type": kind,
-        "architectures": [f"{kind.upper()}ForConditionalGeneration"],
+        "architectures": [f"{'LongT5' if is_long else kind.upper()}ForConditionalGeneration"],
         "is_encoder_decoder": True,
         "decoder_start_token_id": 0,
         "pad_token_id": 0,
@@ -340,6 +374,12 @@ def _their_config(weights: Weights) -> dict[str, Any]:
         "tie_word_embeddings": config.logits_via_embedding,
         "dtype": dtypes.pop() if len(dtypes) == 1 else "float32",
     }
+    if is_long:
+        sizes |= {
+            "encoder_attention_type": _ENCODER_ATTENTION[config.encoder_attention],
+            "local_radius": config.local_radius,
+            "global_block_size": config.global_block_size,
+        }
     if "scale_decoder_outputs" in kept:
         kept["scale_decoder_outputs"] = config.logits_via_embedding
     return defaults | kept | sizes

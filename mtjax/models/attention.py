@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -64,9 +64,10 @@ class RelativePositionBias(nnx.Module):
         )
         return self.rel_embedding[...][:, buckets]
 
-    def __call__(self, num_queries: int, num_keys: int) -> Array:
-        """Return the bias [H, L, S] of queries and keys that both count from position 0."""
-        return _skew(self.by_distance(1 - num_queries, num_keys + 1), num_queries)
+    def __call__(self, num_queries: int, num_keys: int, *, first_key: int = 0) -> Array:
+        """Return the bias [H, L, S] of queries that count from position 0, and keys from first_key."""
+        values = self.by_distance(first_key + 1 - num_queries, first_key + num_keys + 1)
+        return _skew(values, num_queries)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -136,6 +137,26 @@ class Bias(NamedTuple):
         if self.relative is not None:
             logits_BHLS = logits_BHLS + self.relative
         return jnp.where(self.visible, logits_BHLS, MASKED)
+
+    def with_tables_of(self, owner: Any, length: int) -> Bias:
+        """Add the relative biases of a stack or a layer that has a table."""
+        return self._replace(relative=owner.relpos_bias(length, length)[None])
+
+    def mix(self, query_BHLK: Array, key_BHSK: Array, value_BHSK: Array) -> Array:
+        """Return the values mixed by softmax(query @ key + bias), [B, H, L, K]."""
+        return mix_values(query_BHLK, key_BHSK, value_BHSK, self)
+
+
+class Mixer(Protocol):
+    """A bias that knows which queries meet which keys: Bias, or long_attention.BlockBias."""
+
+    def with_tables_of(self, owner: Any, length: int) -> Mixer:
+        """Add the relative biases of a stack or a layer that has tables."""
+        ...
+
+    def mix(self, query_BHLK: Array, key_BHSK: Array, value_BHSK: Array, /) -> Array:
+        """Return the mixed values [B, H, L, K]."""
+        ...
 
 
 @jax.custom_vjp
@@ -237,16 +258,16 @@ class Attention(nnx.Module):
         mixed_BLHK = jnp.swapaxes(mixed_BHLK, -3, -2)
         return self.out(mixed_BLHK.reshape(*mixed_BLHK.shape[:-2], -1), context)
 
-    def attend(self, x_BLD: Array, keys_values: tuple[Array, Array], bias: Bias, context: Context) -> Array:
+    def attend(self, x_BLD: Array, keys_values: tuple[Array, Array], bias: Mixer, context: Context) -> Array:
         """Attend from x to keys and values [B, H, S, K] and project back to [B, L, D]."""
         key_BHSK, value_BHSK = map(self.for_every_head, keys_values)
         query_BHLK = sharding.constrain(self.split_heads(self.query(x_BLD, context)), "attention/query")
         # One mask for all queries, so that dropping weights is dropping values.
         value_BHSK = dropout(value_BHSK, self.dropout_rate, context=context, site=20, broadcast_dim=-1)
-        return self.project_out(mix_values(query_BHLK, key_BHSK, value_BHSK, bias), context)
+        return self.project_out(bias.mix(query_BHLK, key_BHSK, value_BHSK), context)
 
     def __call__(
-        self, x_BLD: Array, source_BSD: Array, bias: Bias, context: Context, source_context: Context
+        self, x_BLD: Array, source_BSD: Array, bias: Mixer, context: Context, source_context: Context
     ) -> Array:
         """Attend from x [B, L, D] to source [B, S, D]; the contexts describe the tokens of each."""
         return self.attend(x_BLD, self.keys_values(source_BSD, source_context), bias, context)

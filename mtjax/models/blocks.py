@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from mtjax import losses, tree
 from mtjax.models import functional
-from mtjax.models.attention import Attention, Bias, RelativePositionBias
+from mtjax.models.attention import Attention, Bias, Mixer, RelativePositionBias
 from mtjax.models.layers import MlpBlock, dropout
 from mtjax.types import Array, Context, Whole
 
@@ -133,10 +133,9 @@ def take_rows(cache: Any, rows_B: Array, config: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.take(leaf, rows_B, axis=dim), cache)
 
 
-def with_bias_of(owner: Any, bias: Bias, length: int) -> Bias:
+def with_bias_of(owner: Any, bias: Mixer, length: int) -> Mixer:
     """Add the relative bias of a stack or a layer that has a table of its own."""
-    table: RelativePositionBias | None = getattr(owner, "relpos_bias", None)
-    return bias if table is None else bias._replace(relative=table(length, length)[None])
+    return bias.with_tables_of(owner, length) if hasattr(owner, "relpos_bias") else bias
 
 
 def with_step_bias_of(owner: Any, bias: Bias, step: Array) -> Bias:

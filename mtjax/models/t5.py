@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mtjax import sharding
+from mtjax import sharding, tree
 from mtjax.models import functional
-from mtjax.models.attention import Bias, attention_mask
+from mtjax.models.attention import Bias, Mixer, attention_mask
 from mtjax.models.blocks import (
     attention_block,
     attention_products,
@@ -34,7 +34,10 @@ from mtjax.models.blocks import (
     with_step_bias_of,
 )
 from mtjax.models.layers import Embed, Linear, RMSNorm, dropout, fan_in_truncated
+from mtjax.models.long_attention import BlockBias, block_bias
 from mtjax.types import Array, Aux, Context, Features, Model, Whole
+
+ENCODER_ATTENTION = ("full", "local", "transient_global")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +59,16 @@ class T5Config:
     relative_attention_max_distance: int = 128
     decoder_kv_heads: int | None = None  # grouped queries (arXiv:2305.13245); None: each head its own keys
     relative_bias_per_layer: bool = False  # UMT5: each layer has its own table (Chung et al. 2023)
+    encoder_attention: str = "full"  # or LongT5's 'local' and 'transient_global' (arXiv:2112.07916)
+    local_radius: int = 127  # of local attention: tokens seen to either side
+    global_block_size: int = 16  # of transient global attention: tokens summed into one
     scan_layers: bool = False
     remat_policy: str = "none"
 
     def __post_init__(self) -> None:
         check_config(self)
+        if self.encoder_attention not in ENCODER_ATTENTION:
+            raise tree.unknown_name("encoder_attention", str(self.encoder_attention), ENCODER_ATTENTION)
 
 
 def t5(config: T5Config) -> Model:
@@ -73,10 +81,18 @@ def t5(config: T5Config) -> Model:
 def flops(config: T5Config, batch_size: int, *, lengths: Mapping[str, int]) -> float:
     """Count a training step's operations: all forward matrix products (2 a multiply-add), times 3.
 
-    lengths are those of 'inputs' and 'targets'. Attention counts whole squares, as computed.
+    lengths are those of 'inputs' and 'targets'. Attention counts whole squares or blocks, as computed.
     """
     S, L = lengths["inputs"], lengths["targets"]
-    encoder = S * (block_products(config) + attention_products(config, S))
+    keys = S
+    if config.encoder_attention != "full":
+        keys = 3 * (config.local_radius + 1)
+    encoder = S * block_products(config)
+    if config.encoder_attention == "transient_global":
+        num_globals = S // config.global_block_size
+        keys += num_globals
+        encoder += num_globals * (S + 2 * config.num_heads * config.head_dim) * config.emb_dim
+    encoder += S * attention_products(config, keys)
     kv_heads = config.decoder_kv_heads or config.num_heads
     cross = 2 * (L * config.num_heads + S * kv_heads) * config.emb_dim * config.head_dim
     own = block_products(config, num_kv_heads=kv_heads) + attention_products(config, L)
@@ -92,19 +108,24 @@ class EncoderLayer(nnx.Module):
     def __init__(self, config: T5Config, key: Array) -> None:
         attention_key, mlp_key = jax.random.split(key)
         if config.relative_bias_per_layer:
-            self.relpos_bias = relative_bias(config, bidirectional=True, key=jax.random.fold_in(key, 1))
+            add_encoder_tables(self, config, jax.random.fold_in(key, 1))
         self.pre_attention_layer_norm = RMSNorm(config.emb_dim)
+        if config.encoder_attention == "transient_global":
+            self.global_input_layer_norm = RMSNorm(config.emb_dim)
         self.attention = attention_block(config, attention_key)
         self.pre_mlp_layer_norm = RMSNorm(config.emb_dim)
         self.mlp = mlp_block(config, mlp_key)
         self.dropout_rate = config.dropout_rate
 
-    def __call__(self, x_BLD: Array, bias: Bias, context: Context) -> tuple[Array, Aux]:
+    def __call__(self, x_BLD: Array, bias: Mixer, context: Context) -> tuple[Array, Aux]:
         """Return the layer's output and its auxiliary losses."""
         drop = residual_dropout(self.dropout_rate, context)
         y_BLD = self.pre_attention_layer_norm(x_BLD)
         bias = with_bias_of(self, bias, x_BLD.shape[1])
-        x_BLD = x_BLD + drop(self.attention(y_BLD, y_BLD, bias, context, context), 0)
+        source = (y_BLD, context)
+        if isinstance(bias, BlockBias) and bias.globals is not None:
+            source = bias.globals.add(y_BLD, self.global_input_layer_norm, context)
+        x_BLD = x_BLD + drop(self.attention(y_BLD, source[0], bias, context, source[1]), 0)
         y_BLD, aux = self.mlp(self.pre_mlp_layer_norm(x_BLD), context)
         return x_BLD + drop(y_BLD, 1), aux
 
@@ -175,13 +196,38 @@ def _other_site(context: Context, site: int) -> Context:
     return dataclasses.replace(context, key=jax.random.fold_in(context.key, 100 + site))
 
 
+def add_encoder_tables(owner: nnx.Module, config: T5Config, key: Array) -> None:
+    """Give a stack or a layer of the encoder its tables of relative biases."""
+    tables = {"relpos_bias": key}
+    if config.encoder_attention == "transient_global":
+        tables["global_relpos_bias"] = jax.random.fold_in(key, 1)
+    for name, table_key in tables.items():
+        setattr(owner, name, relative_bias(config, bidirectional=True, key=table_key))
+
+
+def encoder_bias(config: T5Config, keys_BS: Array, context: Context) -> Mixer:
+    """Return what the encoder's tokens see of each other, as its kind of attention has it."""
+    if config.encoder_attention == "full":
+        segments_BS = context.segment_ids
+        return Bias(
+            attention_mask(keys_BS=keys_BS, query_segments_BL=segments_BS, key_segments_BS=segments_BS)
+        )
+    has_globals = config.encoder_attention == "transient_global"
+    return block_bias(
+        keys_BS,
+        context.segment_ids,
+        radius=config.local_radius,
+        global_block_size=config.global_block_size if has_globals else None,
+    )
+
+
 class Encoder(nnx.Module):
     """The encoder's layers, their table of relative position biases where they share one, its last norm."""
 
     def __init__(self, config: T5Config, key: Array) -> None:
         bias_key, layers_key = jax.random.split(key)
         if not config.relative_bias_per_layer:
-            self.relpos_bias = relative_bias(config, bidirectional=True, key=bias_key)
+            add_encoder_tables(self, config, bias_key)
         functional.add_layers(
             self,
             lambda layer_key: EncoderLayer(config, layer_key),
@@ -192,10 +238,10 @@ class Encoder(nnx.Module):
         self.encoder_norm = RMSNorm(config.emb_dim)
         self.config = config
 
-    def __call__(self, x_BSD: Array, mask: Array, context: Context) -> tuple[Array, Aux]:
-        """Encode embeddings; returns also the auxiliary losses."""
+    def __call__(self, x_BSD: Array, keys_BS: Array, context: Context) -> tuple[Array, Aux]:
+        """Encode embeddings, of which keys_BS are not padding; returns also the auxiliary losses."""
         config, length = self.config, x_BSD.shape[1]
-        bias = with_bias_of(self, Bias(mask), length)
+        bias = with_bias_of(self, encoder_bias(config, keys_BS, context), length)
         x_BSD = dropout(x_BSD, config.dropout_rate, context=context, site=1000, broadcast_dim=-2)
         x_BSD, aux = functional.run_layers(
             self,
@@ -295,12 +341,7 @@ class T5(nnx.Module):
         return sharding.constrain(logits_BLV, "logits")
 
     def _encode(self, x_BSD: Array, batch: Mapping[str, Array], context: Context) -> tuple[Array, Aux]:
-        mask = attention_mask(
-            keys_BS=batch["encoder_input_tokens"] > 0,
-            query_segments_BL=context.segment_ids,
-            key_segments_BS=context.segment_ids,
-        )
-        return self.encoder(x_BSD, mask, context)
+        return self.encoder(x_BSD, batch["encoder_input_tokens"] > 0, context)
 
     def encode(self, batch: Mapping[str, Array]) -> dict[str, Array]:
         """Encode unpacked inputs for decoding: `encoded`, the token mask, and each row's task id if given."""
