@@ -10,11 +10,13 @@ from importlib import metadata
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from mtjax import checkpoint, log
+from mtjax import checkpoint, log, tree
 from mtjax.data import cache
 from mtjax.program import Program, TrainState
-from mtjax.types import Model
+from mtjax.types import Array, Model, Params
 
 
 def environment() -> dict[str, Any]:
@@ -108,4 +110,75 @@ def state(
         abstract,
         run.model_shardings,
     )
-    return run.start_from(key, checkpoint.restore_parameters(initial_checkpoint, abstract)), None, {}
+    return run.start_from(key, initial_parameters(initial_checkpoint, abstract, run.tasks.names)), None, {}
+
+
+# Tasks by name --------------------------------------------------------------------------------------------
+
+
+def initial_parameters(path: str, abstract: Params, tasks: Sequence[str]) -> Params:
+    """Read a checkpoint's parameters for a run with these tasks; leaves of abstract have shardings.
+
+    Rows of tasks (tree.task_dim) are found by the tasks' names. A task that the checkpoint does not know gets
+    the mean of its tasks' rows: it starts as a task never seen. Raises ValueError where rows have no names.
+    """
+    of_tasks = _rows_of_tasks(abstract)
+    saved_tasks = checkpoint.read_meta(path)["tasks"]
+    shapes = checkpoint.parameter_shapes(path)
+    if not of_tasks or list(tasks) == saved_tasks or not shapes.keys() >= set(of_tasks):
+        return checkpoint.restore_parameters(path, abstract)
+    if not saved_tasks:
+        return _unnamed(path, abstract, of_tasks, shapes)
+
+    def as_saved(name: str, leaf: Any) -> Any:
+        if name not in of_tasks:
+            return leaf
+        replicated = jax.sharding.NamedSharding(leaf.sharding.mesh, jax.sharding.PartitionSpec())
+        return jax.ShapeDtypeStruct(shapes[name].shape, leaf.dtype, sharding=replicated)
+
+    order = np.array([saved_tasks.index(t) if t in saved_tasks else len(saved_tasks) for t in tasks])
+
+    def moved(name: str, leaf: Array, want: Any) -> Array:
+        if (dim := tree.task_dim(name)) is None:
+            return leaf
+        if (rows := leaf.shape[dim]) != len(saved_tasks):
+            raise ValueError(
+                f"{name} of the checkpoint {path!r} has {rows} rows, but the checkpoint names {len(saved_tasks)} tasks."
+            )
+        rows_of = lambda x: jnp.concatenate([x, x.mean(dim, keepdims=True)], dim).take(order, dim)  # noqa: E731
+        return jax.jit(rows_of, out_shardings=want.sharding)(leaf)
+
+    restored = checkpoint.restore_parameters(path, tree.map_with_path(as_saved, abstract))
+    return tree.map_with_path(moved, restored, abstract)
+
+
+def _unnamed(path: str, abstract: Params, of_tasks: Sequence[str], shapes: Mapping[str, Any]) -> Params:
+    """Read rows of tasks that have no names, where there are as many as the run's."""
+    wanted = tree.flatten(abstract)
+    if other := [name for name in of_tasks if shapes[name].shape != wanted[name].shape]:
+        raise ValueError(
+            f"The checkpoint {path!r} names no tasks, and {other[0]} has shape {shapes[other[0]].shape} where the "
+            f"run's tasks need {wanted[other[0]].shape}. Convert it with as many tasks as the run has."
+        )
+    return checkpoint.restore_parameters(path, abstract)
+
+
+def task_changes(run: Program, path: str) -> str:
+    """Say which tasks a run adds to and drops from those of the checkpoint it starts from; '' where none matters."""
+    saved, tasks = checkpoint.read_meta(path)["tasks"], run.tasks.names
+    added = [name for name in tasks if name not in saved]
+    dropped = [name for name in saved if name not in tasks]
+    if not saved or not (added or dropped) or not _rows_of_tasks(jax.eval_shape(run.merge, run.abstract)):
+        return ""
+    return (
+        f"Rows of tasks from {path}: {len(tasks) - len(added)} kept by name; {len(added)} added, as the mean of "
+        f"all: {_shown(added)}; {len(dropped)} dropped: {_shown(dropped)}."
+    )
+
+
+def _rows_of_tasks(params: Params) -> list[str]:
+    return [name for name in tree.flatten(params) if tree.task_dim(name) is not None]
+
+
+def _shown(names: Sequence[str]) -> str:
+    return (", ".join(names[:20]) + (", ..." if len(names) > 20 else "")) or "none"

@@ -292,6 +292,8 @@ def fit(
             window.restore(position["window"])
             told.restore(position["feedback"])
             judge.restore(position["health"])
+        elif initial_checkpoint is not None and (changes := start.task_changes(run, initial_checkpoint)):
+            writer.text(changes)
         if first >= train_steps or patience.has_run_out():
             _mark_finished(model_dir, first)
             writer.text(f"{model_dir} is already trained, to step {first} of {train_steps}.")

@@ -70,6 +70,11 @@ def num_layer_dims(path: str) -> int:
     return path.split("/").count(STACK)
 
 
+def task_dim(path: str) -> int | None:
+    """Return the dim of a leaf that counts tasks: the first after layers, where its name starts with task_."""
+    return num_layer_dims(path) if path.rpartition("/")[2].startswith("task_") else None
+
+
 def partition(predicate: Callable[[str], bool], tree: Mapping[str, Any]) -> tuple[dict, dict]:
     """Split a nested dict into (leaves whose path satisfies predicate, the others)."""
     leaves = flatten(tree)

@@ -1,0 +1,63 @@
+"""Starting from a checkpoint with other tasks: rows move by name."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mtjax import checkpoint, sharding, start, tree
+
+ROWS = "encoder/layers/mlp/router/task_embedding"  # [2 layers, T, 4]
+UNSTACKED = "decoder/mlp/router/router_weights/task_z"  # [T, 4]
+PLAIN = "decoder/mlp/wi/kernel"
+
+
+def save(folder, tasks, num_rows):
+    params = {
+        ROWS: jnp.arange(2 * num_rows * 4, dtype=jnp.float32).reshape(2, num_rows, 4),
+        UNSTACKED: jnp.arange(num_rows * 4, dtype=jnp.float32).reshape(num_rows, 4),
+        PLAIN: jnp.ones((3, 4)),
+    }
+    with contextlib.closing(checkpoint.Checkpointer(folder, asynchronous=False)) as checkpointer:
+        checkpointer.save(1, {"params": tree.unflatten(params)}, host={}, meta={"tasks": tasks})
+    return jax.device_get(params)
+
+
+def read(folder, tasks, num_rows):
+    where = NamedSharding(sharding.make_mesh(None), PartitionSpec())
+    shapes = {ROWS: (2, num_rows, 4), UNSTACKED: (num_rows, 4), PLAIN: (3, 4)}
+    abstract = {
+        path: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where) for path, shape in shapes.items()
+    }
+    return jax.device_get(
+        tree.flatten(start.initial_parameters(str(folder), tree.unflatten(abstract), tasks))
+    )
+
+
+def test_rows_of_tasks_move_by_name(tmp_path):
+    saved = save(tmp_path, ["a", "b", "c"], 3)
+    found = read(tmp_path, ("d", "c", "a", "e"), 4)
+    for path, dim in ((ROWS, 1), (UNSTACKED, 0)):
+        mean = saved[path].mean(dim)
+        wanted = [mean, saved[path].take(2, dim), saved[path].take(0, dim), mean]
+        np.testing.assert_allclose(found[path], np.stack(wanted, dim), rtol=1e-6)
+    np.testing.assert_array_equal(found[PLAIN], saved[PLAIN])
+    # The same number of tasks in another order, too; and the same tasks stay.
+    swapped = read(tmp_path, ("c", "b", "a"), 3)
+    np.testing.assert_array_equal(swapped[UNSTACKED], saved[UNSTACKED][::-1])
+    np.testing.assert_array_equal(read(tmp_path, ("a", "b", "c"), 3)[ROWS], saved[ROWS])
+
+
+def test_rows_without_names_are_read_in_order_or_refused(tmp_path):
+    saved = save(tmp_path / "unnamed", [], 3)
+    np.testing.assert_array_equal(read(tmp_path / "unnamed", ("x", "y", "z"), 3)[ROWS], saved[ROWS])
+    with pytest.raises(
+        ValueError, match=r"names no tasks, and .*task_\w+ has shape .* Convert it with as many"
+    ):
+        read(tmp_path / "unnamed", ("x", "y"), 2)
+    save(tmp_path / "other", ["a", "b"], 3)
+    with pytest.raises(ValueError, match="has 3 rows, but the checkpoint names 2 tasks"):
+        read(tmp_path / "other", ("a", "c"), 2)
