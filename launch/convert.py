@@ -19,8 +19,9 @@ examples:
   mtjax convert --from=t5x:t5_1_1_small/checkpoint_1000000 --to=runs/t5_1_1_small --vocabulary=cc_all.32000.model
   mtjax convert --from=runs/mine --average=5 --to=runs/mean          # mean of the last five checkpoints
 
-Formats: hf:DIR (config.json and safetensors of T5, T5 1.1, Flan-T5, mT5, UMT5, ByT5), t5x:DIR (legacy or Orbax;
-written as legacy), DIR (a model directory of mtjax, or one checkpoint in it). Only parameters are converted.
+Formats: hf:DIR (config.json and safetensors of T5, T5 1.1, Flan-T5, mT5, UMT5, ByT5, LongT5), t5x:DIR (legacy or
+Orbax; written as legacy), DIR (a model directory of mtjax, or one checkpoint in it). Between the last two the state
+of Adafactor and the step come along: --gin.INITIAL_STATE=optimizer goes on with them.
 """
 MODEL = "model.gin"
 
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps.add_argument(
         "--average", type=int, metavar="N", help="the mean of the source's last N checkpoints (ours only)"
     )
+    steps.add_argument("--no_optimizer", action="store_true", help="leave the optimizer's state behind")
     steps.add_argument(
         "--scan_layers",
         choices=["true", "false"],
@@ -76,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     _check_flags(args, _parse(args.source)[0], kind)
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         raise ValueError(f"{str(target)!r} is not empty; give --to a new folder.")
-    weights = _changed(_read(args), args)
+    source = _read(args)
+    weights = _changed(source, args)
     if kind == "hf" and weights.config.scan_layers:
         weights = weights._replace(config=dataclasses.replace(weights.config, scan_layers=False))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -87,8 +90,16 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"{args.to}: {count:,} parameters, {screen.size(size)}, from {args.source}"
         + ("" if weights.vocabulary or kind != "mtjax" else "; no vocabulary (--vocabulary)")
+        + _said_of_optimizer(source, weights, kind)
     )
     return 0
+
+
+def _said_of_optimizer(source: Any, weights: Any, kind: str) -> str:
+    if not source.optimizer:
+        return ""
+    is_kept = weights.optimizer and kind != "hf"
+    return f"; {'with' if is_kept else 'without'} the optimizer's state of step {source.step}"
 
 
 def _parse(text: str) -> tuple[str, Path]:
@@ -143,6 +154,8 @@ def _changed(weights: Any, args: argparse.Namespace) -> Any:
     from mtjax import convert
     from mtjax.data import vocabulary
 
+    if args.no_optimizer:
+        weights = weights._replace(optimizer={})
     if args.vocabulary:
         weights = weights._replace(vocabulary=vocabulary.from_text(args.vocabulary))
     if args.pad_vocabulary is not None:

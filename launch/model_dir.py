@@ -65,13 +65,24 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="longest prediction (default: the targets of training)",
     )
-    group.add_argument("--num_beams", type=int, default=4, metavar="N", help="beam: hypotheses (default: 4)")
+    group.add_argument(
+        "--num_beams", type=int, metavar="N", help="beam: hypotheses (default: the model's, or 4)"
+    )
     group.add_argument(
         "--alpha",
         type=float,
-        default=0.6,
         metavar="X",
-        help="beam: length penalty ((5+n)/6)^X (default: 0.6)",
+        help="beam: exponent of the length (default: the model's, or 0.6)",
+    )
+    group.add_argument(
+        "--normaliser",
+        metavar="NAME",
+        help="beam: t5x, ((5+n)/6)^X, or huggingface, n^X (default: what the model came with, or t5x)",
+    )
+    group.add_argument(
+        "--stopping",
+        metavar="NAME",
+        help="beam: t5x, huggingface, huggingface_early or huggingface_never (default: as --normaliser)",
     )
     group.add_argument("--temperature", type=float, default=1.0, metavar="X", help="sample (default: 1)")
     group.add_argument("--top_k", type=int, default=0, metavar="N", help="sample: likeliest tokens (0: all)")
@@ -84,12 +95,15 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def decoder(args: argparse.Namespace) -> Any:
-    """Return the DecodeConfig of the flags."""
+def decoder(args: argparse.Namespace, recorded: Mapping[str, Any] | None = None) -> Any:
+    """Return the DecodeConfig of the flags; what they leave open is as `recorded` with the model."""
     from mtjax.predict import DecodeConfig
 
     names = [field.name for field in dataclasses.fields(DecodeConfig) if field.name != "mode"]
-    return DecodeConfig(args.decode, **{name: getattr(args, name) for name in names})
+    given = {name: value for name in names if (value := getattr(args, name)) is not None}
+    if args.normaliser and not args.stopping:
+        given["stopping"] = args.normaliser
+    return DecodeConfig(args.decode, **{**(recorded or {}), **given})
 
 
 def open_run(args: argparse.Namespace, *, cache_dirs: Sequence[str] = ()) -> Run:
@@ -139,12 +153,14 @@ def _trained_tasks(directory: Path) -> Any:
 
 
 def predictor(run: Run, args: argparse.Namespace) -> Any:
-    """Compile the run's model for prediction."""
-    from mtjax import predict
+    """Compile the run's model for prediction, with the beam search that its last checkpoint records."""
+    from mtjax import checkpoint, predict
 
+    steps = checkpoint.checkpoint_steps(run.directory)
+    recorded = checkpoint.read_meta(run.directory).get("decoding") if steps else None
     return predict.predictor(
         run.model,
-        decoder(args),
+        decoder(args, recorded),
         lengths=run.data.lengths,
         batch_size=run.data.batch_size,
         mesh=run.mesh,

@@ -7,12 +7,13 @@ has a number for a name is whole. Every array's sum is stored beside it and comp
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
 import time
 import zlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mtjax import tree
+from mtjax import lazy, tree
+from mtjax.lazy import LazyArray
 from mtjax.types import Array, Params, PyTree
 
 FOLDER = "checkpoints"
@@ -213,6 +215,57 @@ def item_bytes(path: Any) -> dict[str, int]:
     return found
 
 
+def arrays(path: Any, *, parts: Sequence[str]) -> dict[str, LazyArray]:
+    """Return {PART/NAME: array} of some parts (params, opt, ...) of the checkpoint at `path` (see `find`).
+
+    An array is read, and its sum checked, when it is asked for.
+    """
+    folder = find(path)
+    sums = {name: x["sum"] for name, x in _read_json(folder, "arrays").items()}
+
+    def read(name: str, stored: LazyArray) -> np.ndarray:
+        with _reading(folder):
+            array = stored.read()
+            if _bit_sum(array) != sums[name]:
+                raise OSError(f"other bits than were written in {name}")
+        return array
+
+    wanted = [name for name in sums if name.split("/")[0] in parts]
+    with _reading(folder):
+        stored = stored_arrays(folder / "state", wanted)
+    return {
+        name: LazyArray(leaf.shape, leaf.dtype, functools.partial(read, name, leaf))
+        for name, leaf in stored.items()
+    }
+
+
+def stored_arrays(state: epath.Path, names: Sequence[str]) -> dict[str, LazyArray]:
+    """Open arrays a/b/c of what an Orbax PyTreeCheckpointHandler wrote, without reading them.
+
+    Orbax itself reads all metadata for every array it restores.
+    """
+    import tensorstore
+
+    metadata = json.loads((state / "_METADATA").read_text())
+    base = str(state) if "://" in str(state) else f"file://{state}"
+    is_ocdbt, context = (state / "manifest.ocdbt").exists(), tensorstore.Context()
+
+    def opened(name: str) -> LazyArray:
+        key = name.replace("/", ".")
+        spec = {
+            "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
+            "kvstore": {"driver": "ocdbt", "base": f"{base}/", "path": f"{key}/"}
+            if is_ocdbt
+            else f"{base}/{key}/",
+            # Where zeros are stored too, a chunk that is not there is lost.
+            "fill_missing_data_reads": not metadata.get("store_array_data_equal_to_fill_value", False),
+        }
+        array = tensorstore.open(spec, open=True, read=True, context=context).result()
+        return LazyArray(array.shape, array.dtype.numpy_dtype, lambda: array.read().result())
+
+    return {name: opened(name) for name in names}
+
+
 def _parameters(folder: epath.Path) -> dict[str, tuple[str, jax.ShapeDtypeStruct]]:
     """Return {parameter: (its place in the checkpoint, what was saved)}; the average where there is one."""
     saved = _saved(folder)
@@ -254,12 +307,45 @@ def restore_parameters(path: Any, abstract_params: Params) -> Params:
     return jax.tree.unflatten(jax.tree.structure(abstract_params), leaves)
 
 
+def restore_optimizer(path: Any, abstract_state: PyTree) -> PyTree:
+    """Read an optimizer's state from a checkpoint of mtjax, its step with it; arguments as of restore_parameters.
+
+    Raises ValueError where the checkpoint holds none, or another optimizer's.
+    """
+    folder = find(path)
+    saved = {name: array for name, array in _saved(folder).items() if name.startswith("opt/")}
+    wanted = {f"opt/{name}": _plain_abstract(leaf) for name, leaf in tree.flatten(abstract_state).items()}
+    if not saved:
+        raise ValueError(f"The checkpoint {str(folder)!r} holds no optimizer state, only parameters.")
+    _check_same(folder, wanted, saved, what="run's optimizer")
+    arrays = _read(folder, wanted)
+    leaves = [arrays[name] for name in wanted]
+    return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves)
+
+
 def _remove_unfinished(folder: epath.Path) -> None:
     """Delete the folders that a save has not renamed; one process does."""
     if jax.process_index() == 0 and folder.exists():
         for child in folder.iterdir():
             if _TEMPORARY in child.name:
                 child.rmtree()
+
+
+def _type_handlers() -> Any:
+    """Return Orbax's handlers of leaves, with one that has a single LazyArray in memory at a time."""
+    import orbax.checkpoint as ocp
+
+    class LazyHandler(ocp.type_handlers.NumpyHandler):
+        async def _background_serialize(self, values: Any, infos: Any, args: Any = None) -> None:
+            order = lazy.in_order(dict(enumerate(values)))
+            for i in order:
+                await super()._background_serialize([np.asarray(values[i])], [infos[i]], [args[i]])
+
+    types = (int, float, np.ndarray, jax.Array)
+    return ocp.type_handlers.create_type_handler_registry(
+        *((kind, ocp.type_handlers.get_type_handler(kind)) for kind in types),
+        (LazyArray, LazyHandler(deepcopy_host_arrays=False)),
+    )
 
 
 def _is_news(record: logging.LogRecord) -> bool:
@@ -323,7 +409,9 @@ class Checkpointer:
             ),
             # Trained weights do not compress, and the training step wants the cores.
             item_handlers={
-                "state": ocp.PyTreeCheckpointHandler(use_compression=False),
+                "state": ocp.PyTreeCheckpointHandler(
+                    use_compression=False, type_handler_registry=_type_handlers()
+                ),
                 **{name: ocp.JsonCheckpointHandler() for name in ("host", "meta", "arrays")},
             },
         )
@@ -355,7 +443,7 @@ class Checkpointer:
     ) -> None:
         """Save a step; a step already saved is left as it is.
 
-        `state` is any tree of arrays and random keys; `host` (data position, rates) and `meta` (task names,
+        `state` is any tree of arrays (LazyArrays too, which are read one by one) and random keys; `host` (data position, rates) and `meta` (task names,
         vocabulary, configuration) are JSON objects; `metrics` holds best_metric. Raises ValueError where it
         does not, and OSError where this save or the asynchronous one before it failed.
         """

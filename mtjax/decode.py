@@ -128,9 +128,62 @@ def _token_by_token(
     return Decoded(state["tokens_BL"], state["score_B"])
 
 
-def length_penalty(length: Array, *, alpha: float) -> Array:
-    """Return ((5 + length) / 6)^alpha (Wu et al. 2016, equation 14, as T5 uses it)."""
-    return jnp.power((5.0 + length) / 6.0, alpha)
+# --- Beam search ------------------------------------------------------------------------------------------
+
+Normaliser = Callable[
+    [Array], Array
+]  # float32 length, EOS included -> what the log-probability is divided by
+
+
+def t5x_length(alpha: float) -> Normaliser:
+    """Return length -> ((5 + length) / 6)^alpha (Wu et al. 2016, equation 14, as T5 uses it)."""
+    return lambda length: jnp.power((5.0 + length) / 6.0, alpha)
+
+
+def huggingface_length(alpha: float) -> Normaliser:
+    """Return length -> length^alpha, transformers' length_penalty."""
+    return lambda length: jnp.power(length, alpha)
+
+
+class Stopping(NamedTuple):
+    """When a row's search is over, and which hypotheses count.
+
+    is_over(live, finished, length, max_length, normaliser) -> bool [B], where live [B] are the best
+    log-probabilities of unfinished beams of `length` tokens, and finished [B, N] the scores so far, best first.
+    """
+
+    is_over: Callable[[Array, Array, Array, int, Normaliser], Array]
+    share_ending: float  # of the 2 * num_beams best continuations, those that may end there
+    closes_rows: bool  # a row that is over takes no more hypotheses while others go on
+    counts_cut: bool  # what max_length cuts off competes with what ended
+
+
+def t5x_stopping() -> Stopping:
+    """Stop a row when its worst finished beam beats what its best live one could still reach at max_length."""
+
+    def is_over(live_B: Array, finished_BN: Array, length: Array, max_length: int, normaliser: Normaliser):
+        del length
+        return finished_BN[:, -1] > live_B / normaliser(jnp.float32(max_length))
+
+    return Stopping(is_over, share_ending=1.0, closes_rows=False, counts_cut=False)
+
+
+def huggingface_stopping(early_stopping: bool | str = False, *, alpha: float = 1.0) -> Stopping:
+    """Stop as transformers does: False, True and 'never' are its early_stopping.
+
+    True: num_beams hypotheses suffice. Or else a row stops when its best live beam, at its present length, is
+    not better than its worst hypothesis; 'never' takes max_length where alpha > 0, and so misses nothing.
+    """
+    if early_stopping not in (False, True, "never"):
+        raise ValueError(f"early_stopping must be False, True or 'never', got {early_stopping!r}.")
+
+    def is_over(live_B: Array, finished_BN: Array, length: Array, max_length: int, normaliser: Normaliser):
+        reached = jnp.float32(max_length) if early_stopping == "never" and alpha > 0 else length
+        is_hopeless_B = live_B / normaliser(reached) <= finished_BN[:, -1]
+        is_full_B = finished_BN[:, -1] > NEVER / 2
+        return is_hopeless_B | is_full_B if early_stopping is True else is_hopeless_B
+
+    return Stopping(is_over, share_ending=0.5, closes_rows=True, counts_cut=True)
 
 
 class Beams(NamedTuple):
@@ -152,36 +205,39 @@ def beam_search(
     *,
     max_length: int,
     num_beams: int = 4,
-    alpha: float = 0.6,
+    normaliser: Normaliser | None = None,
+    stopping: Stopping | None = None,
     eos_id: int = 1,
-    penalty: Callable[..., Array] = length_penalty,
 ) -> Decoded:
-    """Search for the sequences with the best log-probability / penalty(length, alpha=alpha), as T5X does.
+    """Search for the sequences with the best log-probability / normaliser(length).
 
-    Lengths count the end-of-sequence token. A row ends when its worst finished beam beats what its best live
-    beam could still reach at max_length. Where nothing finished, the live beams are returned, with plain
-    log-probabilities. Fewer finished sequences than beams leave scores near -1e7 at the end.
+    Lengths count the end-of-sequence token. T5X's normaliser (alpha 0.6) and stopping rule hold unless others
+    are given. Where nothing finished, the live beams are returned, with plain log-probabilities. Fewer
+    finished sequences than beams leave scores near -1e7 at the end.
     """
     if num_beams < 1:
         raise ValueError(f"num_beams must be >= 1, got {num_beams!r}.")
+    normaliser, stopping = normaliser or t5x_length(0.6), stopping or t5x_stopping()
     cache = model.start(params, model.encode(params, batch), max_length=max_length, num_beams=num_beams)
     rows = cache["first_B"].shape[0] // num_beams
     nothing = jnp.zeros((rows, num_beams, max_length), jnp.int32)
     only_first = jnp.where(jnp.arange(num_beams) == 0, 0.0, NEVER)  # beams start equal: keep one
+    may_end_M = jnp.arange(2 * num_beams) < 2 * num_beams * stopping.share_ending
     state = {
         "step": jnp.int32(0),
         "fed_B": cache["first_B"],
         "live": Beams(nothing, jnp.broadcast_to(only_first, (rows, num_beams)).astype(jnp.float32)),
         "finished": Beams(nothing, jnp.full((rows, num_beams), NEVER, jnp.float32)),
+        "is_over_B": jnp.zeros(rows, bool),
         "cache": cache,
     }
 
     def running(state: dict) -> Array:
-        reachable_B = state["live"].scores_BN[:, 0] / penalty(jnp.float32(max_length), alpha=alpha)
-        return (state["step"] < max_length) & ~(state["finished"].scores_BN[:, -1] > reachable_B).all()
+        return (state["step"] < max_length) & ~state["is_over_B"].all()
 
     def advance(state: dict) -> dict:
         step, live = state["step"], state["live"]
+        length = (step + 1).astype(jnp.float32)
         logits, cache = model.decode(params, state["cache"], state["fed_B"])
         logprobs_BNV = jax.nn.log_softmax(logits).reshape(rows, num_beams, -1) + live.scores_BN[..., None]
         # 1. Of all continuations, 2 * num_beams suffice: at most num_beams of them end.
@@ -196,18 +252,27 @@ def beam_search(
         from_beam_BN = jnp.take_along_axis(beam_BM, chosen_BN, axis=1)
         cache_rows = (jnp.arange(rows)[:, None] * num_beams + from_beam_BN).ravel()
         # 3. Those that ended compete with the finished ones.
-        penalised_BM = scores_BM / penalty((step + 1).astype(jnp.float32), alpha=alpha)
+        if stopping.counts_cut:
+            ended_BM = ended_BM | (step == max_length - 1)
+        counts_BM = ended_BM & may_end_M
+        if stopping.closes_rows:
+            counts_BM = counts_BM & ~state["is_over_B"][:, None]
+        normalised_BM = scores_BM / normaliser(length)
         candidates = Beams(
             jnp.concatenate([state["finished"].tokens_BNL, tokens_BML], axis=1),
             jnp.concatenate(
-                [state["finished"].scores_BN, jnp.where(ended_BM, penalised_BM, penalised_BM + NEVER)], axis=1
+                [state["finished"].scores_BN, jnp.where(counts_BM, normalised_BM, normalised_BM + NEVER)],
+                axis=1,
             ),
         )
+        finished = candidates.best(num_beams)[0]
+        is_over_B = stopping.is_over(live.scores_BN[:, 0], finished.scores_BN, length, max_length, normaliser)
         return {
             "step": step + 1,
             "fed_B": jnp.take_along_axis(token_BM, chosen_BN, axis=1).ravel(),
             "live": live,
-            "finished": candidates.best(num_beams)[0],
+            "finished": finished,
+            "is_over_B": is_over_B | (state["is_over_B"] & stopping.closes_rows),
             "cache": model.reorder(cache, cache_rows),
         }
 

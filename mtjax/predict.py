@@ -21,14 +21,22 @@ from mtjax.data import online, packing
 from mtjax.types import Array, Batch, Model, Params
 
 MODES = ("greedy", "beam", "sample", "rank")
+NORMALISERS = {"t5x": decode.t5x_length, "huggingface": decode.huggingface_length}
+STOPPINGS: dict[str, Callable[[float], decode.Stopping]] = {
+    "t5x": lambda alpha: decode.t5x_stopping(),
+    "huggingface": lambda alpha: decode.huggingface_stopping(False),
+    "huggingface_early": lambda alpha: decode.huggingface_stopping(True),
+    "huggingface_never": lambda alpha: decode.huggingface_stopping("never", alpha=alpha),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     """How predictions are made.
 
-    greedy; beam, with T5's length penalty ((5 + n) / 6)^alpha; sample, at a temperature among the top_k tokens
-    or the nucleus top_p (0 = all); rank: the likeliest of an example's options, by the log-probability of
+    greedy; beam, with log-probabilities over a length normaliser ('t5x': ((5 + n) / 6)^alpha, 'huggingface':
+    n^alpha) and a stopping rule of STOPPINGS; sample, at a temperature among the top_k tokens or the nucleus
+    top_p (0 = all); rank: the likeliest of an example's options, by the log-probability of
     its tokens, divided by their number where length_normalized.
     max_length counts target tokens, EOS included; None = the target length of the task.
     """
@@ -37,6 +45,8 @@ class DecodeConfig:
     max_length: int | None = None
     num_beams: int = 4
     alpha: float = 0.6
+    normaliser: str = "t5x"
+    stopping: str = "t5x"
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 0.0
@@ -46,6 +56,10 @@ class DecodeConfig:
     def __post_init__(self):
         if self.mode not in MODES:
             raise tree.unknown_name("decode mode", self.mode, MODES)
+        if self.normaliser not in NORMALISERS:
+            raise tree.unknown_name("length normaliser", self.normaliser, list(NORMALISERS))
+        if self.stopping not in STOPPINGS:
+            raise tree.unknown_name("stopping rule", self.stopping, list(STOPPINGS))
         if self.num_beams < 1:
             raise ValueError(f"num_beams={self.num_beams}: a beam search needs at least 1.")
         if self.max_length is not None and self.max_length < 1:
@@ -165,7 +179,13 @@ def _search(model: Model, config: DecodeConfig, *, eos_id: int) -> Callable[...,
         common: dict[str, Any] = {"max_length": max_length, "eos_id": eos_id}
         if config.mode == "beam":
             found = decode.beam_search(
-                model, params, batch, num_beams=config.num_beams, alpha=config.alpha, **common
+                model,
+                params,
+                batch,
+                num_beams=config.num_beams,
+                normaliser=NORMALISERS[config.normaliser](config.alpha),
+                stopping=STOPPINGS[config.stopping](config.alpha),
+                **common,
             )
             return (found.tokens[:, 0],)
         if config.mode == "sample":

@@ -18,6 +18,8 @@ from mtjax.data import cache
 from mtjax.program import Program, TrainState
 from mtjax.types import Array, Model, Params
 
+INITIAL_STATES = ("parameters", "optimizer")
+
 
 def environment() -> dict[str, Any]:
     """Return what bit-exact resume depends on beside the recipe."""
@@ -89,19 +91,34 @@ def _check_initial_vocabulary(path: str, vocabulary_of: Mapping[str, str]) -> No
         )
 
 
+def inherited(meta: Mapping[str, Any], initial: Mapping[str, Any]) -> dict[str, Any]:
+    """Return meta with what outlives the run that it was trained in: a converted model's origin, its beam search."""
+    return {**meta, **{name: initial[name] for name in ("origin", "decoding") if initial.get(name)}}
+
+
 def state(
     run: Program,
     checkpointer: checkpoint.Checkpointer,
     *,
     seed: int,
     initial_checkpoint: str | None,
+    initial_state: str = "parameters",
     meta: Mapping[str, Any],
 ) -> tuple[TrainState, Mapping[str, Any] | None, Mapping[str, Any]]:
-    """Return (state, host, meta): restored; or with host None, from an initial checkpoint's parameters or new."""
+    """Return (state, host, meta): restored; or with host None, from an initial checkpoint or new.
+
+    initial_state: 'parameters' alone, or 'optimizer' too, with its step.
+    """
+    if initial_state not in INITIAL_STATES:
+        raise tree.unknown_name("initial_state", initial_state, INITIAL_STATES)
     if checkpointer.latest() is not None:
         return checkpointer.restore(run.abstract)
     key = jax.random.key(seed)
     if initial_checkpoint is None:
+        if initial_state != "parameters":
+            raise ValueError(
+                f"initial_state={initial_state!r} (INITIAL_STATE) is of an INITIAL_CHECKPOINT_PATH."
+            )
         return run.init(key), None, {}
     _check_initial_vocabulary(initial_checkpoint, meta["vocabulary"])
     abstract = jax.eval_shape(run.merge, run.abstract)
@@ -110,7 +127,12 @@ def state(
         abstract,
         run.model_shardings,
     )
-    return run.start_from(key, initial_parameters(initial_checkpoint, abstract, run.tasks.names)), None, {}
+    first = run.start_from(key, initial_parameters(initial_checkpoint, abstract, run.tasks.names))
+    if initial_state == "optimizer":
+        opt = checkpoint.restore_optimizer(initial_checkpoint, run.abstract.opt)
+        # A copy: the step donates its state, and one buffer cannot be donated twice.
+        first = first._replace(opt=opt, step=jax.device_put(np.array(opt.step), run.shardings.step))
+    return first, None, checkpoint.read_meta(initial_checkpoint)
 
 
 # Tasks by name --------------------------------------------------------------------------------------------

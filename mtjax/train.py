@@ -221,6 +221,7 @@ def fit(
     observe_every: int = 50,
     seed: int = 0,
     initial_checkpoint: str | None = None,
+    initial_state: str = "parameters",
     max_skipped: int = 0,
     profile_steps: Sequence[int] = (),
     config_text: str = "",
@@ -229,6 +230,8 @@ def fit(
     """Train to `train_steps`, or resume what model_dir holds, and return the last logged scalars.
 
     observe_every: the steps whose mean losses closed-loop rates see at a time; they also see every evaluation.
+    initial_state: what to take of initial_checkpoint: 'parameters', or 'optimizer' too, with its step, so that
+    what was trained there (by T5X perhaps, and converted) goes on here, on this data.
     max_skipped: how many steps with a non-finite loss or gradient to skip, all in all; one more ends training.
     should_stop is asked after every step, and must answer alike on all hosts; where it says True, that step is
     saved and Stopped raised. Raises ValueError for a run that cannot start
@@ -272,13 +275,23 @@ def fit(
         run, sharding.global_batch(devices, pipeline.empty_batch(data, num_hosts=num_hosts))
     ):
         state, position, saved = start.state(
-            run, checkpointer, seed=seed, initial_checkpoint=initial_checkpoint, meta=meta
+            run,
+            checkpointer,
+            seed=seed,
+            initial_checkpoint=initial_checkpoint,
+            initial_state=initial_state,
+            meta=meta,
         )
+    meta = start.inherited(meta, saved)
     patience = monitor.Patience(metric=evaluation.metric, mode=evaluation.mode, patience=evaluation.patience)
     window = monitor.Window(run.tasks)
     told = feedback.Feedback(stream, run.tasks, every=observe_every)
     judge = health.Health(run.tasks, max_skipped=max_skipped)
     first = int(state.step)
+    if position is None and first >= train_steps:
+        raise ValueError(
+            f"train_steps={train_steps} (TRAIN_STEPS) counts from step 0, and {initial_checkpoint!r} is at {first}."
+        )
     with (
         contextlib.closing(checkpointer),
         contextlib.closing(profiler),

@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LEVELS = {
     "types": 0,
     "tree": 0,
+    "lazy": 0,
     **dict.fromkeys(
         ("sharding", "losses", "metrics", "host_memory", "hosts", "optim", "checkpoint", "log"), 1
     ),

@@ -143,7 +143,9 @@ def test_a_wide_beam_finds_the_best_sequences(batch, alpha):
     model, params = build(T5)
     length, num_beams = 3, 144
     expected_tokens, expected_scores = best_sequences(model, params, batch, length=length, alpha=alpha)
-    search = functools.partial(decode.beam_search, model, max_length=length, num_beams=num_beams, alpha=alpha)
+    search = functools.partial(
+        decode.beam_search, model, max_length=length, num_beams=num_beams, normaliser=decode.t5x_length(alpha)
+    )
     found = jax.jit(search)(params, batch)
     np.testing.assert_array_equal(found.tokens[0, :5], expected_tokens[:5])
     np.testing.assert_allclose(found.scores[0, :5], expected_scores[:5], rtol=1e-4)
@@ -153,9 +155,11 @@ def test_a_wide_beam_finds_the_best_sequences(batch, alpha):
 def test_one_beam_is_greedy(batch):
     model, params = build(T5)
     greedy = jax.jit(functools.partial(decode.greedy, model, max_length=L))(params, batch)
-    beam = jax.jit(functools.partial(decode.beam_search, model, max_length=L, num_beams=1, alpha=0.0))(
-        params, batch
-    )
+    beam = jax.jit(
+        functools.partial(
+            decode.beam_search, model, max_length=L, num_beams=1, normaliser=decode.t5x_length(0.0)
+        )
+    )(params, batch)
     ended = np.asarray((greedy.tokens == 1).any(1))
     tokens, scores = np.asarray(beam.tokens[:, 0]), np.asarray(beam.scores[:, 0])
     np.testing.assert_array_equal(

@@ -94,9 +94,7 @@ def test_encoder_decoder_decodes_t5x_tokens(name: str, scan: bool) -> None:
     batch = inputs(expected, "in/")
     greedy = jax.jit(functools.partial(decode.greedy, model, max_length=12))(params, batch)
     np.testing.assert_array_equal(greedy.tokens, expected["greedy_tokens"])
-    beams = jax.jit(functools.partial(decode.beam_search, model, max_length=12, num_beams=4, alpha=0.6))(
-        params, batch
-    )
+    beams = jax.jit(functools.partial(decode.beam_search, model, max_length=12, num_beams=4))(params, batch)
     np.testing.assert_array_equal(beams.tokens, expected["beam4_tokens"][:, ::-1])  # T5X: best beam last
     np.testing.assert_allclose(beams.scores, expected["beam4_scores"][:, ::-1], rtol=1e-5)
 

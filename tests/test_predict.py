@@ -115,7 +115,7 @@ def test_beam_returns_the_best_hypothesis():
     model, params = MODELS["encoder_decoder"], parameters(MODELS["encoder_decoder"])
     examples = make_examples(3)
     batch = predict.pad_batch(examples, shape=(80, 40), num_rows=3, architecture="encoder_decoder")
-    search = jax.jit(lambda p, b: decode.beam_search(model, p, b, max_length=10, num_beams=4, alpha=0.6))
+    search = jax.jit(lambda p, b: decode.beam_search(model, p, b, max_length=10, num_beams=4))
     found = search(params, batch)
     expected = [predict.before_eos(tokens, 1) for tokens in found.tokens[:, 0]]
     assert predictor(mode="beam", max_length=10).decode(params, examples) == expected

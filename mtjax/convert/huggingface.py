@@ -1,24 +1,26 @@
 """Hugging Face folders of T5, T5 1.1, Flan-T5, mT5, UMT5, ByT5 and LongT5: config.json and safetensors.
 
-Needs neither torch nor transformers. Tensors are views of the mapped files. torch's Linear keeps [out, in]
+Needs neither torch nor transformers. Tensors are read when they are asked for. torch's Linear keeps [out, in]
 and its Embedding [rows, width], so kernels and tables of relative biases are transposed.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import safetensors
-import safetensors.numpy
 
-from mtjax import tree
+from mtjax import lazy, tree
 from mtjax.convert.weights import Weights, checked
 from mtjax.data import vocabulary
+from mtjax.lazy import LazyArray, Leaf
 from mtjax.models import t5
 
 MODEL_TYPES = ("t5", "mt5", "umt5", "longt5")
@@ -128,7 +130,7 @@ def read(directory: str | pathlib.Path) -> Weights:
     tensors = dict(_tensors(directory))
     config = _config(theirs, tensors, path)
     for name in _COPIES:
-        if name in tensors and not np.array_equal(_bits(tensors.pop(name)), _bits(tensors["shared.weight"])):
+        if name in tensors and not _is_same(tensors.pop(name), tensors["shared.weight"]):
             raise ValueError(
                 f"{name} of {str(directory)!r} differs from shared.weight; one table is supported."
             )
@@ -138,15 +140,36 @@ def read(directory: str | pathlib.Path) -> Weights:
     elif theirs.get("tie_word_embeddings", True):
         tensors.setdefault("lm_head.weight", tensors["shared.weight"])
     _check_names(names, tensors, directory)
-    leaves = {
-        ours: tensors[name].T if _is_transposed(ours) else tensors[name] for ours, name in names.items()
-    }
-    weights = Weights(config, leaves, {"format": "huggingface", "name": directory.name, "config": theirs})
+    leaves = {ours: _turned(ours, tensors[name]) for ours, name in names.items()}
+    origin = {"format": "huggingface", "name": directory.name, "config": theirs}
+    weights = Weights(config, leaves, origin, decoding=_decoding(directory, theirs))
     return checked(weights, source=repr(str(directory)))._replace(vocabulary=_vocabulary(directory))
 
 
-def _bits(array: np.ndarray) -> np.ndarray:
-    return array.view(f"uint{8 * array.dtype.itemsize}")
+def _turned(path: str, leaf: Leaf) -> Leaf:
+    """Turn a leaf between torch's layout and ours."""
+    return lazy.transposed(leaf) if _is_transposed(path) else leaf
+
+
+def _is_same(one: Leaf, other: Leaf) -> bool:
+    """Tell whether two tensors are equal bit for bit."""
+    if (one.shape, one.dtype) != (other.shape, other.dtype):
+        return False
+    bits = f"uint{8 * one.dtype.itemsize}"
+    return np.array_equal(np.asarray(one).view(bits), np.asarray(other).view(bits))
+
+
+def _decoding(directory: pathlib.Path, theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the beam search that generate() runs: generation_config.json, or what old config.json hold."""
+    path = directory / "generation_config.json"
+    settings = json.loads(path.read_text("utf-8")) if path.is_file() else theirs
+    early = settings.get("early_stopping") or False
+    decoding: dict[str, Any] = {
+        "normaliser": "huggingface",
+        "stopping": {False: "huggingface", True: "huggingface_early", "never": "huggingface_never"}[early],
+        "alpha": float(1.0 if settings.get("length_penalty") is None else settings["length_penalty"]),
+    }
+    return decoding | ({"num_beams": n} if (n := settings.get("num_beams") or 1) > 1 else {})
 
 
 def _check_names(names: Mapping[str, str], tensors: Mapping[str, Any], directory: pathlib.Path) -> None:
@@ -159,7 +182,7 @@ def _check_names(names: Mapping[str, str], tensors: Mapping[str, Any], directory
         )
 
 
-def _config(theirs: Mapping[str, Any], tensors: Mapping[str, np.ndarray], path: pathlib.Path) -> t5.T5Config:
+def _config(theirs: Mapping[str, Any], tensors: Mapping[str, Leaf], path: pathlib.Path) -> t5.T5Config:
     """Translate config.json; what contradicts the tensors is an error."""
     kind = theirs.get("model_type", "")
     if kind not in MODEL_TYPES:
@@ -209,10 +232,10 @@ def _long_attention(theirs: Mapping[str, Any], path: pathlib.Path) -> dict[str, 
     }
 
 
-def _is_shared(tensors: Mapping[str, np.ndarray]) -> bool:
+def _is_shared(tensors: Mapping[str, Leaf]) -> bool:
     """Tell whether logits come from the embedding: no lm_head, or a copy."""
-    head, embedding = tensors.get("lm_head.weight"), tensors["shared.weight"]
-    return head is None or (head.shape == embedding.shape and np.array_equal(_bits(head), _bits(embedding)))
+    head = tensors.get("lm_head.weight")
+    return head is None or _is_same(head, tensors["shared.weight"])
 
 
 def _is_scaled(theirs: Mapping[str, Any]) -> bool:
@@ -229,27 +252,27 @@ def _is_scaled(theirs: Mapping[str, Any]) -> bool:
     return bool(theirs.get("tie_word_embeddings", True))
 
 
-def _tensors(directory: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Map the tensors of one file or of all shards of an index."""
+def _tensors(directory: pathlib.Path) -> Iterator[tuple[str, LazyArray]]:
+    """Open the tensors of one file or of all shards of an index."""
     if (directory / INDEX).is_file():
         index = json.loads((directory / INDEX).read_text("utf-8"))["weight_map"]
         for file in sorted(set(index.values())):
             if not (directory / file).is_file():
                 raise ValueError(f"{str(directory / file)!r} is missing; {INDEX} puts tensors there.")
-            found = dict(_mapped(directory / file))
+            found = dict(_opened(directory / file))
             if lost := sorted(name for name, where in index.items() if where == file and name not in found):
                 raise ValueError(f"{str(directory / file)!r} lacks {lost[:5]}, which {INDEX} puts there.")
             yield from found.items()
     elif (directory / SINGLE).is_file():
-        yield from _mapped(directory / SINGLE)
+        yield from _opened(directory / SINGLE)
     else:
         found = sorted(path.name for path in directory.glob("*.bin"))
         hint = " Only safetensors are read; save the model anew with a current transformers." if found else ""
         raise ValueError(f"{str(directory)!r} holds neither {SINGLE} nor {INDEX}.{hint}")
 
 
-def _mapped(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Map the tensors of one safetensors file: 8 bytes of header size, the header in JSON, the data."""
+def _opened(path: pathlib.Path) -> Iterator[tuple[str, LazyArray]]:
+    """Open the tensors of one safetensors file: 8 bytes of header size, the header in JSON, the data."""
     try:
         with safetensors.safe_open(path, framework="numpy"):
             pass  # checks the header, and that the file is as long as it says
@@ -258,7 +281,6 @@ def _mapped(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-    data = np.memmap(path, np.uint8, mode="r", offset=8 + size)
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -266,8 +288,16 @@ def _mapped(path: pathlib.Path) -> Iterator[tuple[str, np.ndarray]]:
             raise ValueError(
                 f"Tensor {name!r} of {str(path)!r} is {entry['dtype']}; known: {sorted(_DTYPES)}."
             )
-        start, end = entry["data_offsets"]
-        yield name, data[start:end].view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        dtype = _DTYPES[entry["dtype"]]
+        read = functools.partial(
+            _read_tensor, path, dtype, entry["shape"], offset=8 + size + entry["data_offsets"][0]
+        )
+        yield name, LazyArray(entry["shape"], dtype, read)
+
+
+def _read_tensor(path: pathlib.Path, dtype: Any, shape: Sequence[int], *, offset: int) -> np.ndarray:
+    array = np.fromfile(path, dtype, count=math.prod(shape), offset=offset)
+    return array.reshape(shape)
 
 
 def _vocabulary(directory: pathlib.Path) -> vocabulary.Vocabulary | None:
@@ -285,7 +315,7 @@ def _vocabulary(directory: pathlib.Path) -> vocabulary.Vocabulary | None:
 
 
 def write(weights: Weights, directory: str | pathlib.Path, *, max_shard_bytes: int = 5 * 10**9) -> None:
-    """Write a folder that transformers' from_pretrained opens; the memory needed is one shard's.
+    """Write a folder that transformers' from_pretrained opens, tensor by tensor.
 
     A folder that came from Hugging Face keeps its config.json but for what conversion changed.
     """
@@ -302,8 +332,9 @@ def write(weights: Weights, directory: str | pathlib.Path, *, max_shard_bytes: i
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {name: _theirs(ours, weights.leaves[ours]) for name, ours in shard.items()}
-        safetensors.numpy.save_file(arrays, directory / file, metadata={"format": "pt"})
+        _write_tensors(
+            {name: _turned(ours, weights.leaves[ours]) for name, ours in shard.items()}, directory / file
+        )
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
         total = sum(leaf.nbytes for leaf in weights.leaves.values())
@@ -330,8 +361,21 @@ def _write_tokenizer(vocabulary: vocabulary.Vocabulary | None, directory: pathli
     (directory / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n", "utf-8")
 
 
-def _theirs(path: str, leaf: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(leaf.T if _is_transposed(path) else leaf)
+def _write_tensors(tensors: Mapping[str, Leaf], path: pathlib.Path) -> None:
+    """Write one safetensors file; one tensor is in memory at a time."""
+    codes = {np.dtype(dtype): code for code, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    order, end = lazy.in_order(tensors), 0
+    for name in order:
+        leaf = tensors[name]
+        start, end = end, end + leaf.nbytes
+        header[name] = {"dtype": codes[leaf.dtype], "shape": list(leaf.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            np.ascontiguousarray(tensors[name]).tofile(file)
 
 
 def _their_config(weights: Weights) -> dict[str, Any]:

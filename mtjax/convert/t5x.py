@@ -1,11 +1,13 @@
 """T5X checkpoints: legacy ones (msgpack beside zarr arrays) and Orbax ones, of its T5 examples.
 
-Two networks are read: t5x.examples.t5, whose tree is ours, and t5x.examples.scalable_t5, with a table of
-relative biases in every layer, heads as a dim of their own, and layers stacked on dim 1 where it scans them.
+Parameters, step and Adafactor's moments are read and written; convert/t5x_layout has both networks' trees.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -18,35 +20,43 @@ import numpy as np
 import tensorstore as ts
 from etils import epath
 
-from mtjax import tree
+from mtjax import checkpoint, lazy, tree
+from mtjax.convert import t5x_layout
 from mtjax.convert.weights import Weights, checked
+from mtjax.lazy import LazyArray, Leaf
 from mtjax.models import t5
 
 _NDARRAY, _NUMPY_SCALAR = 1, 3  # flax's msgpack extension codes
 _FILE = "checkpoint"
 _MIN_VERSION = 2
-_SCANNED = re.compile(r"(encoder|decoder)/\1/(.+)")  # encoder/encoder/... has the layers on dim 1
-_ATTENTION = re.compile(
-    r".*/(attention|self_attention|encoder_decoder_attention)/(query|key|value|out)/kernel"
-)
+_DECODING = {"normaliser": "t5x", "stopping": "t5x", "alpha": 0.6}  # of t5x.decoding.beam_search
 
 
 def read(directory: str | pathlib.Path, *, max_distance: int = 128, activation: str = "gelu") -> Weights:
-    """Read the parameters of `checkpoint_<step>`, or of the last one in a model directory.
+    """Open `checkpoint_<step>`, or the last one in a model directory: parameters, and Adafactor's moments.
 
     T5X keeps the configuration in a gin file, so sizes are read off the shapes; max_distance of the relative
     bias and the gated block's activation are not visible there. Raises ValueError naming what does not fit.
     """
     folder = find(directory)
     is_orbax = (folder / "state").is_dir() or (folder / "_CHECKPOINT_METADATA").is_file()
-    target = _read_orbax(folder) if is_orbax else _read_legacy(folder)
-    leaves, is_per_layer = _to_ours(target)
-    config = _config(leaves, max_distance=max_distance, activation=activation, is_per_layer=is_per_layer)
-    step = int(folder.name.rpartition("_")[2])
+    arrays = _open_orbax(folder) if is_orbax else _open_legacy(folder)
+    target, states = _under(arrays, "target/"), _under(arrays, "state/param_states/")
+    leaves = t5x_layout.parameters(target)
+    config = _config(leaves, max_distance=max_distance, activation=activation)
     weights = Weights(
-        config, leaves, {"format": "t5x", "name": f"{folder.parent.name}/{folder.name}"}, None, step
+        dataclasses.replace(config, scan_layers=t5x_layout.is_scanned(target)),
+        leaves,
+        {"format": "t5x", "name": f"{folder.parent.name}/{folder.name}"},
+        step=int(folder.name.rpartition("_")[2]),
+        optimizer=t5x_layout.moments(states, target),
+        decoding=_DECODING,
     )
     return checked(weights, source=repr(str(folder)))
+
+
+def _under(arrays: Mapping[str, Leaf], prefix: str) -> dict[str, Leaf]:
+    return {path.removeprefix(prefix): leaf for path, leaf in arrays.items() if path.startswith(prefix)}
 
 
 def find(directory: str | pathlib.Path) -> pathlib.Path:
@@ -65,17 +75,18 @@ def find(directory: str | pathlib.Path) -> pathlib.Path:
 # --- Legacy -----------------------------------------------------------------------------------------------
 
 
-def _read_legacy(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Read {path: array} of the `target` of a legacy checkpoint."""
+def _open_legacy(folder: pathlib.Path) -> dict[str, Leaf]:
+    """Open the arrays of a legacy checkpoint, by path under `target` and `state`."""
     path = folder / _FILE
     try:
         contents = msgpack.unpackb(path.read_bytes(), ext_hook=_extension, raw=False, strict_map_key=False)
-        version, target = contents.get("version", 0), contents["optimizer"]["target"]
+        version, optimizer = contents.get("version", 0), contents["optimizer"]
+        leaves = {"target": optimizer["target"], "state": optimizer.get("state", {})}
     except (OSError, ValueError, KeyError, msgpack.UnpackException) as error:
         raise ValueError(f"{str(path)!r} is no T5X checkpoint, or damaged: {error!r}") from error
     if version < _MIN_VERSION:
         raise ValueError(f"{str(path)!r} has version {version}; {_MIN_VERSION} and later are read.")
-    return {name: _open(leaf, folder, name) for name, leaf in _leaves(target)}
+    return {name: _open(leaf, folder, name) for name, leaf in _leaves(leaves)}
 
 
 def _extension(code: int, data: bytes) -> Any:
@@ -98,15 +109,15 @@ def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, node
 
 
-def _open(leaf: Any, folder: pathlib.Path, name: str) -> np.ndarray:
-    """Read an inline array, or the zarr array in the checkpoint's folder, wherever it was written."""
+def _open(leaf: Any, folder: pathlib.Path, name: str) -> Leaf:
+    """Return an inline array, or open the zarr array in the checkpoint's folder, wherever it was written."""
     if not isinstance(leaf, Mapping):
         return np.asarray(leaf)
     stored = leaf.get("kvstore", {}).get("path") or leaf.get("path")
     if not stored:
         raise ValueError(f"Tensor {name!r} of {str(folder)!r} has no path: {dict(leaf)}.")
     path = folder / pathlib.PurePosixPath(stored.rstrip("/")).name
-    try:
+    with _naming(name, path):
         if json.loads((path / ".zarray").read_text("utf-8")).get("dtype") == "<u2":
             raise ValueError("it is uint16, an old way to write bfloat16 that is not read")
         spec = {
@@ -114,69 +125,50 @@ def _open(leaf: Any, folder: pathlib.Path, name: str) -> np.ndarray:
             "kvstore": {"driver": "file", "path": f"{path}/"},
             "fill_missing_data_reads": False,  # a lost chunk would be zeros
         }
-        return ts.open(spec, open=True, read=True).result().read().result()
+        opened = ts.open(spec, open=True, read=True).result()
+    stored = LazyArray(opened.shape, opened.dtype.numpy_dtype, lambda: opened.read().result())
+    return LazyArray(stored.shape, stored.dtype, functools.partial(_read, stored, name, path))
+
+
+@contextlib.contextmanager
+def _naming(name: str, path: pathlib.Path) -> Iterator[None]:
+    """Turn what goes wrong in reading a tensor into a ValueError that names it and its file."""
+    try:
+        yield
     except (ValueError, OSError) as error:
+        name = name.removeprefix("target/")
         raise ValueError(f"Tensor {name!r}: cannot read {str(path)!r}: {str(error)[:300]}") from error
 
 
 # --- Orbax ------------------------------------------------------------------------------------------------
 
 
-def _read_orbax(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """Read {path: array} of the `target` of an Orbax checkpoint."""
-    import orbax.checkpoint as ocp
-
-    handler, state = ocp.PyTreeCheckpointHandler(), epath.Path(folder.absolute()) / "state"
-    try:
-        metadata = handler.metadata(state)
-        target = metadata.tree["target"]
-        wanted = {"target": target}
-        numpy = ocp.RestoreArgs(restore_type=np.ndarray)
-        restore = ocp.args.PyTreeRestore(
-            item=wanted, restore_args=_map(lambda _: numpy, wanted), partial_restore=True
-        )
-        restored = handler.restore(state, args=restore)
-    except Exception as error:  # orbax and tensorstore raise many kinds
-        raise ValueError(f"The checkpoint {str(folder)!r} is damaged: {str(error)[:500]}") from error
-    finally:
-        handler.close()
-    return tree.flatten(restored["target"])
+def _open_orbax(folder: pathlib.Path) -> dict[str, Leaf]:
+    """Open the arrays of an Orbax checkpoint, by path under `target` and `state`."""
+    state = epath.Path(folder.absolute()) / "state"
+    with _naming("all", folder):
+        try:
+            entries = json.loads((state / "_METADATA").read_text())["tree_metadata"].values()
+        except KeyError as error:
+            raise ValueError(f"its _METADATA has no {error}") from error
+        paths = ["/".join(str(part["key"]) for part in entry["key_metadata"]) for entry in entries]
+        names = [path for path in paths if path.startswith(("target/", "state/param_states/"))]
+        stored = checkpoint.stored_arrays(state, names)
+    return {
+        name: LazyArray(leaf.shape, leaf.dtype, functools.partial(_read, leaf, name, folder))
+        for name, leaf in stored.items()
+    }
 
 
-def _map(function: Any, node: Any) -> Any:
-    if isinstance(node, Mapping):
-        return {name: _map(function, child) for name, child in node.items()}
-    return function(node)
+def _read(stored: LazyArray, name: str, path: pathlib.Path) -> np.ndarray:
+    with _naming(name, path):
+        return stored.read()
 
 
-# --- Trees ------------------------------------------------------------------------------------------------
+# --- The configuration ------------------------------------------------------------------------------------
 
 
-def _to_ours(target: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], bool]:
-    """Return our unstacked leaves, and whether every layer has its own relative bias."""
-    leaves = {}
-    for path, array in target.items():
-        if found := _SCANNED.fullmatch(path):
-            stack, rest = found.groups()
-            for i in range(array.shape[1]):
-                leaves[f"{stack}/layers_{i}/{rest}"] = array[:, i]
-        else:
-            leaves[path] = array
-    leaves = {path: _flat_heads(path, array) for path, array in leaves.items()}
-    return leaves, any("/layers_" in path and "relpos_bias" in path for path in leaves)
-
-
-def _flat_heads(path: str, array: np.ndarray) -> np.ndarray:
-    """Join heads and their width: [D, H, K] -> [D, H*K], [H, K, D] -> [H*K, D]."""
-    found = _ATTENTION.fullmatch(path)
-    if found is None or array.ndim == 2:
-        return array
-    return array.reshape(-1, array.shape[-1]) if found[2] == "out" else array.reshape(array.shape[0], -1)
-
-
-def _config(
-    leaves: Mapping[str, np.ndarray], *, max_distance: int, activation: str, is_per_layer: bool
-) -> t5.T5Config:
+def _config(leaves: Mapping[str, Leaf], *, max_distance: int, activation: str) -> t5.T5Config:
     """Read the sizes off the shapes."""
 
     def count(stack: str) -> int:
@@ -204,7 +196,7 @@ def _config(
         logits_via_embedding="decoder/logits_dense/kernel" not in leaves,
         relative_attention_num_buckets=num_buckets,
         relative_attention_max_distance=max_distance,
-        relative_bias_per_layer=is_per_layer,
+        relative_bias_per_layer=any("/layers_" in path and "relpos_bias" in path for path in leaves),
     )
 
 
@@ -212,34 +204,51 @@ def _config(
 
 
 def write(weights: Weights, directory: str | pathlib.Path) -> None:
-    """Write checkpoint_<step> in T5X's legacy format: parameters, no optimizer state (for finetuning).
+    """Write checkpoint_<step> in T5X's legacy format: parameters, step and Adafactor's moments, where known.
 
-    The tree is that of t5x.examples.t5, or of scalable_t5 without scanned layers where every layer has its
-    own relative bias.
+    The tree is that of t5x.examples.t5; of scalable_t5, with scanned layers where ours are, where every layer
+    has its own relative bias.
     """
     if weights.config.decoder_kv_heads not in (None, weights.config.num_heads):
         raise ValueError("T5X's T5 has no grouped queries (decoder_kv_heads).")
+    if weights.config.encoder_attention != "full":
+        raise ValueError(f"T5X's T5 has no {weights.config.encoder_attention} attention (encoder_attention).")
     folder = pathlib.Path(directory) / f"checkpoint_{weights.step}"
+    target = t5x_layout.t5x_parameters(weights.config, weights.leaves)
+    states = t5x_layout.t5x_moments(weights.config, weights.optimizer, weights.leaves)
+    arrays = {f"target/{path}": leaf for path, leaf in target.items()}
+    arrays |= {f"state/param_states/{path}": leaf for path, leaf in states.items()}
     folder.mkdir(parents=True)
-    target = {}
-    for path, leaf in weights.leaves.items():
-        array = np.ascontiguousarray(_apart_heads(path, leaf, weights.config))
-        name = "target." + path.replace("/", ".")
-        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{folder / name}/"}}
-        metadata = {"shape": list(array.shape), "chunks": list(array.shape), "compressor": {"id": "gzip"}}
-        store = ts.open(
-            {**spec, "metadata": metadata}, create=True, open=True, dtype=ts.dtype(array.dtype.name)
-        ).result()
-        store.write(array).result()
-        target[path] = {
-            "driver": "zarr",
-            "dtype": array.dtype.name,
-            "kvstore": {"driver": "file", "path": f"{name}/"},
-            "metadata": metadata,
-        }
-    state = {"step": _ndarray(np.array(weights.step, np.int32)), "param_states": {}}
-    contents = {"version": 3, "optimizer": {"target": tree.unflatten(target), "state": state}}
-    (folder / _FILE).write_bytes(_packed(contents))
+    specs = {name: _stored(name, arrays[name], folder) for name in lazy.in_order(arrays)}
+    optimizer = tree.unflatten({name: specs[name] for name in arrays})
+    optimizer.setdefault("state", {}).setdefault("param_states", {})
+    optimizer["state"]["step"] = _ndarray(np.array(weights.step, np.int32))
+    (folder / _FILE).write_bytes(_packed({"version": 3, "optimizer": optimizer}))
+
+
+def _stored(name: str, leaf: Leaf, folder: pathlib.Path) -> Any:
+    """Write an array beside the msgpack file and return what that holds of it; placeholders stay inline."""
+    if leaf.shape == (1,):
+        return _ndarray(np.asarray(leaf))
+    stored = name.replace("/", ".")
+    metadata = {
+        "shape": list(leaf.shape),
+        "chunks": list(leaf.shape),
+        "compressor": {"id": "gzip", "level": 1},
+    }
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": f"{folder / stored}/"},
+        "metadata": metadata,
+    }
+    store = ts.open(spec, create=True, open=True, dtype=ts.dtype(leaf.dtype.name)).result()
+    store.write(np.ascontiguousarray(leaf)).result()
+    return {
+        "driver": "zarr",
+        "dtype": leaf.dtype.name,
+        "kvstore": {"driver": "file", "path": f"{stored}/"},
+        "metadata": metadata,
+    }
 
 
 def _ndarray(array: np.ndarray) -> msgpack.ExtType:
@@ -249,11 +258,3 @@ def _ndarray(array: np.ndarray) -> msgpack.ExtType:
 def _packed(value: Any) -> bytes:
     packed: Any = msgpack.packb(value)
     return packed
-
-
-def _apart_heads(path: str, array: np.ndarray, config: t5.T5Config) -> np.ndarray:
-    found = _ATTENTION.fullmatch(path)
-    if found is None or not config.relative_bias_per_layer:
-        return array
-    heads = (config.num_heads, config.head_dim)
-    return array.reshape(*heads, -1) if found[2] == "out" else array.reshape(-1, *heads)

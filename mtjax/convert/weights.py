@@ -10,21 +10,31 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from mtjax import tree
+from mtjax import lazy, tree
 from mtjax.data.vocabulary import Vocabulary
+from mtjax.lazy import LazyArray, Leaf
 from mtjax.models import functional, t5
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
+SLOTS = ("v_row", "v_col", "v", "m")  # Adafactor's moments, as optim.AdafactorState names them
+
 
 class Weights(NamedTuple):
-    """A model outside of any run; layers are unstacked (layers_0, layers_1, ...), kernels [in, out]."""
+    """A model outside of any run; layers are unstacked (layers_0, layers_1, ...), kernels [in, out].
+
+    No array is in memory before it is asked for. `optimizer` holds Adafactor's moments, PARAMETER/v and so on
+    by optim.AdafactorState's names, where the source has them. `decoding`: fields of predict.DecodeConfig that
+    the original searches beams with.
+    """
 
     config: t5.T5Config
-    leaves: Mapping[str, np.ndarray]  # by path, views of files where possible
+    leaves: Mapping[str, Leaf]  # by path
     origin: Mapping[str, Any]  # JSON: the format, the folder's name, its own configuration
     vocabulary: Vocabulary | None = None
     step: int = 0
+    optimizer: Mapping[str, Leaf] = {}
+    decoding: Mapping[str, Any] = {}
 
 
 def checked(weights: Weights, *, source: str) -> Weights:
@@ -46,68 +56,110 @@ def expected_shapes(config: t5.T5Config) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def cast(weights: Weights, dtype: str) -> Weights:
-    """Round every parameter to 'float32' or 'bfloat16'."""
+    """Round every parameter to 'float32' or 'bfloat16'; an optimizer's state keeps its precision."""
     if dtype not in DTYPES:
         raise tree.unknown_name("dtype", dtype, list(DTYPES))
-    leaves = {path: np.asarray(leaf).astype(DTYPES[dtype]) for path, leaf in weights.leaves.items()}
+    to = DTYPES[dtype]
+    leaves = {
+        path: lazy.after(lambda x: x.astype(to), leaf, dtype=to) for path, leaf in weights.leaves.items()
+    }
     return weights._replace(leaves=leaves)
 
 
 def pad_vocabulary(weights: Weights, multiple: int) -> Weights:
     """Grow the embedding (and untied logits) to a multiple of rows.
 
-    New rows are copies of the padding's (id 0), which is never a target: training has made it unlikely.
+    New rows are copies of the padding's (id 0), which is never a target: training has made it unlikely. An
+    optimizer's state is left behind.
     """
     if multiple < 1:
         raise ValueError(f"pad_vocabulary={multiple} must be at least 1.")
     extra = -weights.config.vocab_size % multiple
+    if not extra:
+        return weights
     leaves = dict(weights.leaves)
     for path, dim in (("token_embedder/embedding", 0), ("decoder/logits_dense/kernel", 1)):
         if path in leaves:
-            leaf = np.asarray(leaves[path])
-            leaves[path] = np.concatenate([leaf, np.repeat(leaf.take([0], dim), extra, dim)], dim)
+            leaves[path] = _padded(leaves[path], dim, extra)
     config = dataclasses.replace(weights.config, vocab_size=weights.config.vocab_size + extra)
-    return weights._replace(config=config, leaves=leaves)
+    return weights._replace(config=config, leaves=leaves, optimizer={})
+
+
+def _padded(leaf: Leaf, dim: int, extra: int) -> LazyArray:
+    """Repeat the first slice of a dim `extra` times at its end."""
+    shape = [size + extra * (i == dim) for i, size in enumerate(leaf.shape)]
+    return lazy.after(
+        lambda x: np.concatenate([x, np.repeat(x.take([0], dim), extra, dim)], dim), leaf, shape=shape
+    )
 
 
 def group_heads(weights: Weights, kv_heads: int) -> Weights:
     """Give groups of the decoder's heads one key and value: the mean of theirs (Ainslie et al. 2023, 2.1).
 
-    Raises ValueError where kv_heads does not divide the heads that have their own now.
+    An optimizer's state is left behind. Raises ValueError where kv_heads does not divide the heads that have
+    their own now.
     """
     config = weights.config
     heads = config.decoder_kv_heads or config.num_heads
     if kv_heads < 1 or heads % kv_heads:
         divisors = [n for n in range(1, heads + 1) if heads % n == 0]
         raise ValueError(f"kv_heads={kv_heads} does not divide {heads} heads; use one of {divisors}.")
+
+    def mean_of_groups(kernel: np.ndarray) -> np.ndarray:
+        heads_first = kernel.astype(np.float32).reshape(
+            len(kernel), kv_heads, heads // kv_heads, config.head_dim
+        )
+        return heads_first.mean(2).reshape(len(kernel), -1).astype(kernel.dtype)
+
     leaves = dict(weights.leaves)
     for path, leaf in weights.leaves.items():
         if path.startswith("decoder/") and path.endswith(("attention/key/kernel", "attention/value/kernel")):
-            grouped = np.asarray(leaf, np.float32).reshape(
-                leaf.shape[0], kv_heads, heads // kv_heads, config.head_dim
-            )
-            leaves[path] = grouped.mean(2).reshape(leaf.shape[0], -1).astype(leaf.dtype)
-    return weights._replace(config=dataclasses.replace(config, decoder_kv_heads=kv_heads), leaves=leaves)
+            shape = (leaf.shape[0], kv_heads * config.head_dim)
+            leaves[path] = lazy.after(mean_of_groups, leaf, shape=shape)
+    config = dataclasses.replace(config, decoder_kv_heads=kv_heads)
+    return weights._replace(config=config, leaves=leaves, optimizer={})
 
 
 def average(several: Sequence[Weights]) -> Weights:
     """Return the mean of checkpoints of one model, summed in float32; the rest is the last one's.
 
-    Raises ValueError where their configurations differ.
+    An optimizer's state is left behind. Raises ValueError where their configurations differ.
     """
     last = several[-1]
     if any(weights.config != last.config for weights in several):
         raise ValueError("Only checkpoints of one model can be averaged; their configurations differ.")
-    leaves = {}
-    for path, leaf in last.leaves.items():
-        total = sum(np.asarray(weights.leaves[path], np.float32) for weights in several)
-        leaves[path] = np.asarray(total / np.float32(len(several)), leaf.dtype)
-    return last._replace(leaves=leaves, origin={**last.origin, "averaged": [w.step for w in several]})
+
+    def mean(path: str, leaf: Leaf) -> LazyArray:
+        def read() -> np.ndarray:
+            total = np.zeros(leaf.shape, np.float32)
+            for weights in several:
+                total += np.asarray(weights.leaves[path])
+            total /= np.float32(len(several))
+            return total.astype(leaf.dtype, copy=False)
+
+        return lazy.LazyArray(leaf.shape, leaf.dtype, read)
+
+    leaves = {path: mean(path, leaf) for path, leaf in last.leaves.items()}
+    origin = {**last.origin, "averaged": [weights.step for weights in several]}
+    return last._replace(leaves=leaves, origin=origin, optimizer={})
 
 
-def stacked(weights: Weights) -> dict[str, Any]:
-    """Return the parameters as the configuration's model nests them: layers stacked where it scans them."""
-    params = tree.unflatten(weights.leaves)
-    if not weights.config.scan_layers:
-        return params
-    return jax.tree.map(np.asarray, functional.stack_layers(params, stack=np.stack))
+def stacked(config: t5.T5Config, leaves: Mapping[str, Leaf]) -> dict[str, Any]:
+    """Return leaves as the configuration's model nests them: layers stacked where it scans them."""
+    nested = tree.unflatten(leaves)
+    return functional.stack_layers(nested, stack=lazy.stack) if config.scan_layers else nested
+
+
+def unstacked(config: t5.T5Config, leaves: Mapping[str, Leaf]) -> dict[str, Leaf]:
+    """Return leaves with the layers of a scanned model apart: the inverse of `stacked`."""
+    if not config.scan_layers:
+        return dict(leaves)
+    found: dict[str, Leaf] = {}
+    for path, leaf in leaves.items():
+        if not tree.num_layer_dims(path):
+            found[path] = leaf
+            continue
+        stack, _, rest = path.partition(f"/{tree.STACK}/")
+        for i, part in enumerate(lazy.parts(leaf, 0)):
+            found[f"{stack}/{tree.STACK}_{i}/{rest}"] = part
+    return found
