@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import math
 import time
+import warnings
 import zlib
 from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,11 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mtjax import lazy, tree
+from mtjax import hosts, lazy, tree
 from mtjax.lazy import LazyArray
 from mtjax.types import Array, Params, PyTree
 
 FOLDER = "checkpoints"
+DAMAGED = "damaged_checkpoints"  # where those go that a run has fallen back from
 _TEMPORARY = ".orbax-checkpoint-tmp"
 # orbax is imported in functions: its import takes as long as jax's, and most commands read no checkpoint.
 
@@ -58,28 +61,36 @@ def _like(leaf: Any, array: Array) -> Array:
     return jax.random.wrap_key_data(array, impl=found[0])
 
 
+def _mixed(words: Any) -> Any:
+    """Scatter the bits of 32-bit words, one to one, so that changes of several words do not cancel in a sum.
+
+    A multiply and xorshift hash (Wellons 2018, https://nullprogram.com/blog/2018/07/31/).
+    """
+    words = (words ^ (words >> 16)) * np.uint32(0x7FEB352D)
+    return (words ^ (words >> 15)) * np.uint32(0x846CA68B)
+
+
 @jax.jit
 def _device_sum(x: Array) -> Array:
-    """Add up the bits of an array as unsigned words, modulo 2^32."""
+    """Add up the mixed bits of an array as unsigned words, modulo 2^32."""
     words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")
-    return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
-
-
-def _is_on_cpu(x: Array) -> bool:
-    return all(device.platform == "cpu" for device in x.devices())
+    return jnp.sum(_mixed(words.astype(jnp.uint32)), dtype=jnp.uint32)
 
 
 def _bit_sum(x: Any) -> int:
-    """Add up an array's bits modulo 2^32: no flipped bit leaves it alone, no sharding changes it."""
+    """Add up an array's mixed bits modulo 2^32: no flipped bit leaves it alone, no sharding changes it."""
     if isinstance(x, jax.Array) and not (
         x.is_fully_addressable and next(iter(x.devices())).platform == "cpu"
     ):
         return int(_device_sum(x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x))
     shards = [s.data for s in x.addressable_shards if s.replica_id == 0] if isinstance(x, jax.Array) else [x]
-    total = 0
+    total, chunk = 0, 2**16  # words that stay in the cores' cache
     for shard in shards:
         flat = np.ascontiguousarray(shard).reshape(-1)
-        total += int(flat.view(f"uint{8 * min(flat.dtype.itemsize, 4)}").sum(dtype=np.uint64))
+        words = flat.view(f"uint{8 * min(flat.dtype.itemsize, 4)}")
+        for start in range(0, len(words), chunk):
+            mixed = _mixed(words[start : start + chunk].astype(np.uint32))
+            total += int(mixed.sum(dtype=np.uint64))
     return total % 2**32
 
 
@@ -143,17 +154,22 @@ def wait_for_new_checkpoint(
 # --- Reading ----------------------------------------------------------------------------------------------
 
 
+class DamagedError(ValueError):
+    """A checkpoint is not what was written."""
+
+
 @contextlib.contextmanager
 def _reading(folder: epath.Path) -> Iterator[None]:
-    """Turn whatever goes wrong below into a ValueError that names the checkpoint."""
+    """Turn whatever goes wrong below into a DamagedError that names the checkpoint."""
     try:
         yield
     except Exception as error:  # tensorstore and orbax raise many kinds
         steps = [step for step in checkpoint_steps(folder.parent.parent) if str(step) != folder.name]
         others = f"Other checkpoints beside it: {steps[-10:]}." if steps else "There is no other beside it."
-        raise ValueError(
+        raise DamagedError(
             f"The checkpoint {str(folder)!r} is damaged or incomplete: {type(error).__name__}: "
-            f"{str(error)[:500]}\n{others} Delete this folder to go on from an earlier one."
+            f"{str(error)[:500]}\n{others} Resume with --gin.train.Saving.fall_back=True, or delete this folder, "
+            "to go on from the newest whole one."
         ) from error
 
 
@@ -195,8 +211,14 @@ def _read(folder: epath.Path, leaves: Mapping[str, Any]) -> dict[str, Array]:
             restore_args=ocp.checkpoint_utils.construct_restore_args(item),
             partial_restore=True,
         )
-        arrays = tree.flatten(reader.restore(folder / "state", args=arguments))
-        if wrong := [path for path, x in arrays.items() if _bit_sum(x) != saved[path]["sum"]]:
+        arrays, failure = {}, None
+        try:
+            arrays = tree.flatten(reader.restore(folder / "state", args=arguments))
+        except Exception as error:  # each process reads its own parts; the sums below need them all
+            failure = error
+        if failures := [text for text in hosts.gather(failure and repr(failure)[:500]) if text]:
+            raise failure or OSError(f"another process could not read it: {failures[0]}")
+        if wrong := [path for path, x in arrays.items() if _bit_sum(x) != saved[path]["bits"]]:
             raise OSError(f"other bits than were written in {wrong[:5]} ({len(wrong)} arrays)")
     return arrays
 
@@ -457,7 +479,7 @@ class Checkpointer:
         leaves = {path: _plain(leaf) for path, leaf in tree.flatten(state).items()}
         host, meta = json.loads(json.dumps(host)), json.loads(json.dumps(meta))
         arrays = {
-            path: {"shape": list(x.shape), "dtype": x.dtype.name, "sum": _bit_sum(x)}
+            path: {"shape": list(x.shape), "dtype": x.dtype.name, "bits": _bit_sum(x)}
             for path, x in leaves.items()
         }
         items = ocp.args.Composite(
@@ -500,8 +522,8 @@ class Checkpointer:
         """Return (state, host, meta) of a step, by default the latest.
 
         Leaves of abstract_state are ShapeDtypeStructs with the shardings to read into, on any mesh. Raises
-        ValueError listing what is missing, extra or misshapen before any array is read, and where the
-        checkpoint is damaged.
+        ValueError listing what is missing, extra or misshapen before any array is read, and DamagedError
+        where the checkpoint is damaged.
         """
         self.wait()
         folder = find(self.model_dir if step is None else self.folder / str(step))
@@ -519,3 +541,32 @@ class Checkpointer:
         arrays = _read(folder, wanted)
         leaves = [_like(leaf, arrays[path]) for path, leaf in tree.flatten(abstract_state).items()]
         return jax.tree.unflatten(jax.tree.structure(abstract_state), leaves), host, meta
+
+    def restore_whole(self, abstract_state: PyTree) -> tuple[PyTree, dict, dict]:
+        """Return what `restore` does, of the newest checkpoint that is whole.
+
+        Newer, damaged ones are moved to <model_dir>/damaged_checkpoints, with a warning: their steps will be
+        saved again. Raises DamagedError where none is whole.
+        """
+        damaged: dict[int, DamagedError] = {}
+        for step in reversed(self.steps()):
+            try:
+                found = self.restore(abstract_state, step=step)
+            except DamagedError as error:
+                damaged[step] = error
+                continue
+            for other, error in damaged.items():
+                self._set_aside(other)
+                warnings.warn(f"{error}\nFalling back to step {step}.", stacklevel=2)
+            return found
+        raise DamagedError("No checkpoint is whole.\n" + "\n".join(map(str, damaged.values())))
+
+    def _set_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            aside = self.model_dir / DAMAGED
+            aside.mkdir(parents=True, exist_ok=True)
+            taken = {path.name for path in aside.iterdir()}
+            name = next(n for i in itertools.count() if (n := f"{step}.{i}" if i else str(step)) not in taken)
+            (self.folder / str(step)).rename(aside / name)
+        hosts.wait(f"set aside {step}")
+        self.manager.reload()

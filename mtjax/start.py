@@ -104,15 +104,17 @@ def state(
     initial_checkpoint: str | None,
     initial_state: str = "parameters",
     meta: Mapping[str, Any],
+    fall_back: bool = False,
 ) -> tuple[TrainState, Mapping[str, Any] | None, Mapping[str, Any]]:
     """Return (state, host, meta): restored; or with host None, from an initial checkpoint or new.
 
-    initial_state: 'parameters' alone, or 'optimizer' too, with its step.
+    initial_state: 'parameters' alone, or 'optimizer' too, with its step. fall_back: where the latest checkpoint
+    is damaged, restore the newest whole one.
     """
     if initial_state not in INITIAL_STATES:
         raise tree.unknown_name("initial_state", initial_state, INITIAL_STATES)
     if checkpointer.latest() is not None:
-        return checkpointer.restore(run.abstract)
+        return (checkpointer.restore_whole if fall_back else checkpointer.restore)(run.abstract)
     key = jax.random.key(seed)
     if initial_checkpoint is None:
         if initial_state != "parameters":

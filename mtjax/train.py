@@ -67,13 +67,17 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Saving:
-    """Save every `every` steps (0 = at the end only); keep the last n, every k-th step, and the best n."""
+    """Save every `every` steps (0 = at the end only); keep the last n, every k-th step, and the best n.
+
+    fall_back: resume from the newest whole checkpoint where newer ones are damaged, instead of stopping.
+    """
 
     every: int = 1000
     keep_last: int = 3
     keep_every: int | None = None
     keep_best: int = 1
     asynchronous: bool = True
+    fall_back: bool = False
 
 
 def task_table(tasks: Sequence[cache.CachedTask]) -> TaskTable:
@@ -281,6 +285,7 @@ def fit(
             initial_checkpoint=initial_checkpoint,
             initial_state=initial_state,
             meta=meta,
+            fall_back=saving.fall_back,
         )
     meta = start.inherited(meta, saved)
     patience = monitor.Patience(metric=evaluation.metric, mode=evaluation.mode, patience=evaluation.patience)

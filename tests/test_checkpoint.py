@@ -249,13 +249,13 @@ def test_a_changed_digit_of_the_data_position_is_found(tmp_path, item):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # futures of orbax's reads
-@pytest.mark.parametrize("damage", ["delete", "truncate", "empty", "flip"])
+@pytest.mark.parametrize("damage", ["delete", "truncate", "empty", "flip", "noise"])
 def test_whatever_is_damaged_nothing_wrong_is_read(tmp_path, damage):
     """Every file in turn: a ValueError naming the checkpoint, or (a file that is not needed) the same bits."""
     state = make_state(3)
     save(tmp_path / "good", 3, state)
     root = tmp_path / "good/checkpoints/3"
-    errors = 0
+    errors, noise = 0, np.random.default_rng(0)
     files = sorted(f.relative_to(root) for f in root.rglob("*") if f.is_file())
     for i, name in enumerate(files):
         shutil.copytree(tmp_path / "good", tmp_path / str(i))
@@ -267,6 +267,10 @@ def test_whatever_is_damaged_nothing_wrong_is_read(tmp_path, damage):
             if data:
                 data[len(data) // 2] ^= 4
                 file.write_bytes(data)
+        elif damage == "noise":
+            for place in noise.integers(0, max(len(data), 1), min(len(data), 3)):
+                data[place] ^= int(noise.integers(1, 256))
+            file.write_bytes(data)
         else:
             file.write_bytes(data[: len(data) // 2 if damage == "truncate" else 0])
         saver = checkpoint.Checkpointer(tmp_path / str(i))
@@ -280,6 +284,44 @@ def test_whatever_is_damaged_nothing_wrong_is_read(tmp_path, damage):
             assert host == {"position": [3, 2.5]} and meta == {"tasks": ["a", "b"]}
         saver.close()
     assert errors >= 5, "most files matter"
+
+
+def test_changes_that_cancel_in_a_plain_sum_are_found(tmp_path):
+    state = {"x": jnp.arange(1000, 2000, dtype=jnp.uint32)}
+    save(tmp_path, 1, state)
+    flip(tmp_path / "checkpoints/1/state", np.uint32([1500, 1501]).tobytes())  # 1500 to 1501
+    flip(tmp_path / "checkpoints/1/state", np.uint32([1601, 1602]).tobytes())  # 1601 to 1600
+    saver = checkpoint.Checkpointer(tmp_path)
+    with pytest.raises(checkpoint.DamagedError, match="other bits than were written in"):
+        saver.restore(abstract(state))
+    saver.close()
+
+
+def test_falling_back_to_the_newest_whole_checkpoint(tmp_path):
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, make_state(step), keep_last=9)
+    drop_arrays(tmp_path / "checkpoints/4")
+    shutil.rmtree(tmp_path / "checkpoints/3/host")
+    saver = checkpoint.Checkpointer(tmp_path, keep_last=9)
+    with pytest.raises(checkpoint.DamagedError, match="checkpoints/4' is damaged"):
+        saver.restore(abstract(make_state()))
+    with pytest.warns(UserWarning, match=r"checkpoints/[34]' is damaged(.|\n)*back to step 2") as warned:
+        got, host, _ = saver.restore_whole(abstract(make_state()))
+    assert len(warned) == 2
+    assert_same_bits(got, make_state(2))
+    assert host == {"position": [2, 2.5]}
+    assert sorted(path.name for path in (tmp_path / "damaged_checkpoints").iterdir()) == ["3", "4"]
+    for step in (3, 4):  # the run takes these steps again
+        saver.save(step, make_state(step + 10), host={}, meta={})
+    saver.wait()
+    assert saver.steps() == [1, 2, 3, 4]
+    assert_same_bits(saver.restore_whole(abstract(make_state()))[0], make_state(14))
+    saver.close()
+    for step in saver.steps():
+        shutil.rmtree(tmp_path / f"checkpoints/{step}/meta")
+    with pytest.raises(checkpoint.DamagedError, match=r"No checkpoint is whole(.|\n)*checkpoints/1'"):
+        saver.restore_whole(abstract(make_state()))
+    assert saver.steps() == [1, 2, 3, 4]
 
 
 def test_paths_to_checkpoints(tmp_path):
