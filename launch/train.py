@@ -19,8 +19,8 @@ examples:
   mtjax train --gin_file=runs/mine/config.gin                           resume (or just repeat the command)
   mtjax train --gin_file=runs/mine/config.gin --gin.MODEL_DIR=runs/two  the same run again
 
-SIGTERM (preemption) saves the step under way, after an evaluation under way, and exits with code 75: repeat
-the command.
+SIGTERM (preemption) saves the step under way, cuts an evaluation under way short (it is made when the run goes
+on), and exits with code 75: repeat the command. Other codes than 0 and 75 say that repeating will not help.
 """
 CONFIG = "config.gin"
 # What may change between the parts of one run; everything else makes it another run.
@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FIRST,LAST",
         help="write a jax.profiler trace of the steps FIRST to LAST - 1 to MODEL_DIR/profile",
     )
+    parser.add_argument(
+        "--grace_time",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="how long saving may take after SIGTERM before the run exits without it (default: 0, as it takes)",
+    )
     flags.add_gin(parser)
     flags.add_tasks(parser)
     distributed.add_arguments(parser)
@@ -63,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     from mtjax.launch import preemption
 
     try:
-        with preemption.notice() as notice:
+        with preemption.notice(grace_time=args.grace_time) as notice:
             return _run(args, notice)
     except train.Stopped as stopped:
         print(stopped, file=sys.stderr)

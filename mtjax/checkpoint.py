@@ -178,6 +178,14 @@ def _sealed(value: Any) -> dict[str, Any]:
     return {"value": value, "crc32": zlib.crc32(json.dumps(value, sort_keys=True).encode())}
 
 
+def _replace(file: epath.Path, text: str) -> None:
+    """Write a file in one piece."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(text)
+    partial.replace(file)
+
+
 def _read_json(folder: epath.Path, item: str) -> dict[str, Any]:
     with _reading(folder):
         file = folder / item / "metadata"
@@ -488,11 +496,23 @@ class Checkpointer:
             meta=ocp.args.JsonSave(_sealed(meta)),
             arrays=ocp.args.JsonSave(_sealed(arrays)),
         )
-        finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
         with self._writing(step):
-            self.manager.save(
-                step, args=items, metrics=finite if self.best_metric in finite else None, force=True
-            )
+            self.manager.save(step, args=items, metrics=self._comparable(metrics), force=True)
+
+    def _comparable(self, metrics: Mapping[str, float] | None) -> dict[str, float] | None:
+        """Return the finite metrics, or None where best_metric is not among them."""
+        finite = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+        return finite if self.best_metric in finite else None
+
+    def amend(self, step: int, *, host: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Replace `host` and add `metrics` to a saved step, which was evaluated later."""
+        if jax.process_index() == 0:
+            folder = self.folder / str(step)
+            if comparable := self._comparable(metrics):
+                _replace(folder / "metrics" / "metrics", json.dumps(comparable))
+            _replace(folder / "host" / "metadata", json.dumps(_sealed(json.loads(json.dumps(host)))))
+        hosts.wait(f"amended {step}")
+        self.manager.reload()
 
     @contextlib.contextmanager
     def _writing(self, step: int | None = None) -> Iterator[None]:

@@ -28,6 +28,10 @@ from mtjax.types import Model, Params
 TRAIN_EXAMPLES = 20_000  # what trivial baselines are fitted on, at most
 
 
+class Interrupted(Exception):
+    """Ends an evaluation; a `progress` raises it."""
+
+
 class Baseline(NamedTuple):
     """The best trivial predictor of a score, with its 95 % bootstrap interval."""
 
@@ -128,6 +132,8 @@ def evaluate_mixture(
                 result = dataclasses.replace(result, baselines=table)
             if predictions_dir is not None and jax.process_index() == 0:
                 write_lines(Path(predictions_dir) / f"{task.name}.jsonl", lines)
+        except Interrupted:
+            raise
         except Exception as error:  # one broken task must not cost the others' results
             result = TaskResult(task.name, task.family, error=f"{type(error).__name__}: {error}")
         results.append(result)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from mtjax import (
@@ -24,17 +23,17 @@ from mtjax import (
     log,
     monitor,
     optim,
-    predict,
     program,
     sharding,
     start,
     tree,
+    validation,
 )
 from mtjax.data import cache, pipeline, vocabulary
 from mtjax.losses import LossConfig
 from mtjax.mixing import rates
 from mtjax.program import Program, StepMetrics, TaskTable, TrainState
-from mtjax.types import Balancer, Model, Params, Peft
+from mtjax.types import Balancer, Model, Peft
 
 FINISHED = "finished.json"  # in a model directory whose training has ended
 
@@ -103,13 +102,13 @@ def _check_metrics(
     observe_every: int,
 ) -> None:
     """Refuse, before the first step, metrics that nothing will measure."""
-    validation = None
+    measured = None
     if evaluation.every:
-        validation = feedback.validation_names(
+        measured = feedback.validation_names(
             run.tasks, stream.tasks, split=evaluation.split, decode=bool(evaluation.decode)
         )
-        validation.check("evaluation metric", evaluation.metric)
-    feedback.check(stream, run.tasks, data, validation=validation, every=observe_every)
+        measured.check("evaluation metric", evaluation.metric)
+    feedback.check(stream, run.tasks, data, validation=measured, every=observe_every)
 
 
 def prepare(
@@ -151,19 +150,6 @@ def prepare(
         group_by=group_by,
         ema_decay=ema_decay,
     )
-
-
-def _validate(run: Program, params: Params, batches: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """Evaluate fixed batches: mean loss over all tokens, over tasks, per task and per family."""
-    sums = [run.evaluate(params, predict.place(batch, run.mesh))[0] for batch in batches]
-    tasks = monitor.add_up(jax.device_get(sums))
-    scalars = monitor.overall(
-        tasks._replace(**{name: np.sum(x) for name, x in tasks._asdict().items()}), prefix="validation"
-    )
-    # The mean over tasks is not swayed by how long a task's targets are.
-    losses = [entry["loss"] for entry in monitor.means(tasks, run.tasks.names).values()]
-    scalars["validation/mean_task_loss"] = float(np.mean(losses))
-    return scalars | monitor.scalars_of(run.tasks, tasks, prefix="validation/")
 
 
 class _Profiler:
@@ -237,9 +223,9 @@ def fit(
     initial_state: what to take of initial_checkpoint: 'parameters', or 'optimizer' too, with its step, so that
     what was trained there (by T5X perhaps, and converted) goes on here, on this data.
     max_skipped: how many steps with a non-finite loss or gradient to skip, all in all; one more ends training.
-    should_stop is asked after every step, and must answer alike on all hosts; where it says True, that step is
-    saved and Stopped raised. Raises ValueError for a run that cannot start
-    and health.NonFiniteError for one that diverged.
+    should_stop is asked after every step and before every batch of an evaluation, and must answer alike on all
+    hosts; where it says True, that step is saved and Stopped raised. An evaluation that is cut short is made when
+    the run goes on. Raises ValueError for a run that cannot start and health.NonFiniteError for one that diverged.
     """
     if train_steps < 1:
         raise ValueError(f"train_steps must be at least 1, got {train_steps}.")
@@ -312,10 +298,22 @@ def fit(
             judge.restore(position["health"])
         elif initial_checkpoint is not None and (changes := start.task_changes(run, initial_checkpoint)):
             writer.text(changes)
-        if first >= train_steps or patience.has_run_out():
+        is_due = position is not None and position.get("is_evaluation_due", False)
+        if not is_due and (first >= train_steps or patience.has_run_out()):
             _mark_finished(model_dir, first)
             writer.text(f"{model_dir} is already trained, to step {first} of {train_steps}.")
             return {}
+        validate = validation.nothing
+        if evaluation.every:
+            validate = validation.validation(
+                run,
+                model,
+                data,
+                stream.tasks,
+                split=evaluation.split,
+                examples=evaluation.examples,
+                decode=evaluation.decode,
+            )
         _mark_finished(model_dir, None)
         _keep_vocabulary(model_dir, stream.tasks[0])
         scalars = _loop(
@@ -330,7 +328,8 @@ def fit(
             judge=judge,
             meta=meta,
             steps=range(first, train_steps),
-            validate=_validation(run, model, data, stream.tasks, evaluation),
+            is_due=is_due,
+            validate=validate,
             evaluation=evaluation,
             saving=saving,
             log_every=log_every,
@@ -354,70 +353,6 @@ def has_finished(model_dir: str | os.PathLike) -> bool:
     return (Path(model_dir) / FINISHED).exists()
 
 
-def _validation(
-    run: Program,
-    model: Model,
-    data: pipeline.TrainData,
-    tasks: Sequence[cache.CachedTask],
-    evaluation: Evaluation,
-) -> Callable[[Params], dict[str, float]]:
-    """Build what one evaluation during training runs; its batches are read once."""
-    if not evaluation.every:
-        return lambda params: {}
-    batches = pipeline.validation_batches(
-        tasks,
-        evaluation.split,
-        lengths=data.lengths,
-        batch_size=data.batch_size,
-        examples=evaluation.examples,
-        architecture=data.architecture,
-        objectives=data.objectives,
-    )
-
-    decode = _decoder(run, model, data, tasks, evaluation) if evaluation.decode else lambda params: {}
-    return lambda params: _validate(run, params, batches) | decode(params)
-
-
-def _decoder(
-    run: Program,
-    model: Model,
-    data: pipeline.TrainData,
-    tasks: Sequence[cache.CachedTask],
-    evaluation: Evaluation,
-) -> Callable[[Params], dict[str, float]]:
-    """Build what decodes a few validation examples a task and scores them by the task's metrics."""
-    predictor = predict.predictor(
-        model,
-        lengths=data.lengths,
-        batch_size=data.batch_size,
-        mesh=run.mesh,
-        architecture=data.architecture,
-    )
-
-    def decode(params: Params) -> dict[str, float]:
-        results = evaluate.evaluate_mixture(
-            model,
-            params,
-            tasks,
-            split=evaluation.split,
-            lengths=data.lengths,
-            batch_size=data.batch_size,
-            mesh=run.mesh,
-            architecture=data.architecture,
-            max_examples=evaluation.decode,
-            predictor=predictor,
-        )
-        if errors := [f"{result.task}: {result.error}" for result in results if result.error]:
-            raise ValueError("Decoding validation examples failed for\n  " + "\n  ".join(errors))
-        return {
-            f"validation/task/{result.task}/{name}": float(score)
-            for result in results
-            for name, score in result.scores.items()
-        }
-
-    return decode
-
-
 def _loop(
     run: Program,
     state: TrainState,
@@ -431,18 +366,56 @@ def _loop(
     judge: health.Health,
     meta: Mapping[str, Any],
     steps: range,
-    validate: Callable[[Params], dict[str, float]],
+    is_due: bool,
+    validate: validation.Validate,
     evaluation: Evaluation,
     saving: Saving,
     log_every: int,
     profile: Callable[[int], None],
     should_stop: Callable[[int], bool],
 ) -> dict[str, float]:
-    """Take the steps; log, evaluate and save between them."""
+    """Take the steps; log, evaluate and save between them. is_due: first make the evaluation that was cut short."""
     scalars: dict[str, float] = {}
     metrics: dict[str, float] = {}  # of the last evaluation, which may be some steps ago
     last: StepMetrics | None = None
     is_over = False
+
+    def evaluated(done: int) -> bool:
+        """Evaluate after `done` steps; False where that was cut short, to be made when the run goes on."""
+        nonlocal metrics
+
+        def check() -> None:
+            if should_stop(done):
+                raise evaluate.Interrupted
+
+        try:
+            metrics = validate(run.merge(state), check)
+        except evaluate.Interrupted:
+            return False
+        writer.scalars(done, metrics)
+        told.evaluated(done, metrics)
+        patience.note(metrics)
+        return True
+
+    def host(*, is_evaluation_due: bool) -> dict[str, Any]:
+        return {
+            "health": judge.state(),
+            "window": window.state(),
+            "feedback": told.state(),  # shows the stream what is due, so it comes first
+            "data": pipeline.merge_states(hosts.gather(stream.state())),
+            "patience": patience.state(),
+            "is_evaluation_due": is_evaluation_due,
+        }
+
+    if is_due:
+        if not evaluated(steps.start):
+            raise Stopped(
+                f"Stopped at step {steps.start}, which is saved; the same command goes on from there."
+            )
+        checkpointer.amend(steps.start, host=host(is_evaluation_due=False), metrics=metrics)
+        if patience.has_run_out():
+            writer.text(_is_over(steps.start, evaluation, patience))
+            return metrics
     for step in steps:
         profile(step)
         batch = sharding.global_batch(run.mesh, next(stream))
@@ -462,33 +435,31 @@ def _loop(
             scalars |= judge.scalars()
             scalars |= {rates.SHARE.format(task=name): share for name, share in stream.rates.items()}
             writer.scalars(done, scalars)
-        is_evaluated = bool(evaluation.every) and (done % evaluation.every == 0 or is_last)
-        if is_evaluated:
-            metrics = validate(run.merge(state))
-            writer.scalars(done, metrics)
-            told.evaluated(done, metrics)
-            patience.note(metrics)
-            is_over = patience.has_run_out()
-        is_stopped = should_stop(done) and not is_last
+        is_due = bool(evaluation.every) and (done % evaluation.every == 0 or is_last)
+        is_evaluated = is_due and evaluated(done)
+        is_over = is_evaluated and patience.has_run_out()
+        is_cut_short = is_due and not is_evaluated
+        is_stopped = is_cut_short or (should_stop(done) and not is_last)
         if (saving.every and done % saving.every == 0) or is_last or is_over or is_stopped:
             judge.look(done, now, writer)
-            host = {
-                "health": judge.state(),
-                "window": window.state(),
-                "feedback": told.state(),  # shows the stream what is due, so it comes first
-                "data": pipeline.merge_states(hosts.gather(stream.state())),
-                "patience": patience.state(),
-            }
-            checkpointer.save(done, state, host=host, meta=meta, metrics=metrics if is_evaluated else None)
-        if is_over:
-            writer.text(
-                f"Stopped at step {done}: {evaluation.metric} has not improved {patience.waited} times."
+            checkpointer.save(
+                done,
+                state,
+                host=host(is_evaluation_due=is_cut_short),
+                meta=meta,
+                metrics=metrics if is_evaluated else None,
             )
+        if is_over:
+            writer.text(_is_over(done, evaluation, patience))
             break
         if is_stopped:
             checkpointer.wait()
             raise Stopped(f"Stopped at step {done}, which is saved; the same command goes on from there.")
     return scalars | metrics
+
+
+def _is_over(done: int, evaluation: Evaluation, patience: monitor.Patience) -> str:
+    return f"Stopped at step {done}: {evaluation.metric} has not improved {patience.waited} times."
 
 
 def _positions(batch: Mapping[str, jax.Array]) -> int:

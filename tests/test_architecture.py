@@ -23,6 +23,7 @@ LEVELS = {
             "feedback",
             "health",
             "start",
+            "validation",
             "train",
             "decode",
             "predict",
