@@ -10,9 +10,8 @@ import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
+from mtjax.launch.roll_call import EXIT_CODE
 from mtjax.train import Stopped
-
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class Notice:

@@ -64,23 +64,27 @@ def run(args: argparse.Namespace) -> int:
     from mtjax import host_memory
 
     host_memory.keep()
-    import jax
-
     from mtjax import health, train
     from mtjax.launch import preemption
 
+    roll_call = None
     try:
         with preemption.notice(grace_time=args.grace_time) as notice:
+            roll_call = distributed.start(args)
             return _run(args, notice)
     except train.Stopped as stopped:
         print(stopped, file=sys.stderr)
         return preemption.EXIT_CODE
-    except health.NonFiniteError as error:
-        raise ValueError(str(error)) from error
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        distributed.leave(error, preemption.EXIT_CODE)
+    except Exception as error:
+        is_users = isinstance(error, (ValueError, OSError, health.NonFiniteError))
+        if roll_call is not None:
+            distributed.leave(roll_call, error, is_users=is_users and not args.debug)
+        if isinstance(error, health.NonFiniteError):
+            raise ValueError(str(error)) from error
+        raise
+    finally:
+        if roll_call is not None:
+            roll_call.close()
 
 
 def _run(args: argparse.Namespace, notice: Any) -> int:
@@ -89,7 +93,6 @@ def _run(args: argparse.Namespace, notice: Any) -> int:
     from mtjax import hosts, train
     from mtjax.launch import prepare
 
-    distributed.start(args)
     config = configure(args)
     if args.dry_run:
         return _dry_run(config)
