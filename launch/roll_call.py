@@ -46,8 +46,9 @@ class RollCall:
             return [0]
 
     def leave(self, reason: str, code: int) -> NoReturn:
-        """End this process and, telling them the reason, all others."""
+        """End this process and, telling them the reason, all others; the reason that came first holds."""
         try:
+            self._obey(self._said())
             self._say("verdict", json.dumps({"reason": reason, "code": code}))
             time.sleep(2 * POLL_S if self._index == 0 else 0)  # process 0 keeps what the others read
         except Exception:
@@ -59,15 +60,19 @@ class RollCall:
         while not self._is_closed.wait(POLL_S):
             try:
                 said = self._said()
-                if "verdict" in said:
-                    verdict = json.loads(said["verdict"])
-                    time.sleep(POLL_S if self._index == 0 else 0)
-                    end(verdict["reason"], verdict["code"])
+                self._obey(said)
                 if "call" in said and not has_answered:
                     self._say(f"here/{self._index}", "")
                     has_answered = True
             except Exception:  # process 0 is gone, which JAX notices too
                 return
+
+    def _obey(self, said: dict[str, str]) -> None:
+        """End this process where another one has given a reason."""
+        if "verdict" in said:
+            verdict = json.loads(said["verdict"])
+            time.sleep(POLL_S if self._index == 0 else 0)
+            end(verdict["reason"], verdict["code"])
 
     def _say(self, name: str, value: str) -> None:
         self._client.key_value_set(f"{_FOLDER}/{name}", value, allow_overwrite=True)
