@@ -251,7 +251,7 @@ def arrays(path: Any, *, parts: Sequence[str]) -> dict[str, LazyArray]:
     An array is read, and its sum checked, when it is asked for.
     """
     folder = find(path)
-    sums = {name: x["sum"] for name, x in _read_json(folder, "arrays").items()}
+    sums = {name: x["bits"] for name, x in _read_json(folder, "arrays").items()}
 
     def read(name: str, stored: LazyArray) -> np.ndarray:
         with _reading(folder):
