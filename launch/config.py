@@ -83,13 +83,14 @@ def parse(
     bindings: Sequence[str] = (),
     *,
     roots: Sequence[Callable[..., Any]],
+    also: Sequence[Callable[..., Any]] = (),
     search_paths: Sequence[str] = (),
     defaults: Mapping[str, Any] | None = None,
     paths: Sequence[str] = (),
 ) -> Config:
     """Parse files and then bindings (NAME=VALUE); later ones win.
 
-    `defaults` fills macros that are still %gin.REQUIRED; relative paths in the macros `paths` become
+    `also` are roots that are checked and can be built, but are no part of the text. `defaults` fills macros that are still %gin.REQUIRED; relative paths in the macros `paths` become
     absolute, so that the saved text means the same from any folder. Raises ValueError, naming file and line,
     on syntax, on unknown names, on what no root uses, and on what is required but not set.
     """
@@ -111,20 +112,24 @@ def parse(
             current[key] = os.path.abspath(current[key])
     for (scope, selector, parameter), value in current.items():
         gin._CONFIG.setdefault((scope, selector), {})[parameter] = value
-    registered = [found.selector for root in roots if (found := gin._inverse_lookup(root)) is not None]
-    selectors = [selector for selector in registered if any(key[1] == selector for key in current)]
-    if not selectors:
+    bound = {key[1] for key in current}
+    own, others = (
+        [found.selector for root in part if (found := gin._inverse_lookup(root)) and found.selector in bound]
+        for part in (roots, also)
+    )
+    if not own:
         raise ValueError(
             f"The configuration binds nothing of {' or '.join(_name(root) for root in roots)}; "
             "include a recipe such as runs/pretrain.gin."
         )
-    used = _walk(selectors, {key: [value] for key, value in current.items()})
+    selectors, values = [*own, *others], {key: [value] for key, value in current.items()}
+    used = _walk(selectors, values)
     # A missing component leaves the bindings of what it would call idle, so it is told first and alone.
     problems = _missing_arguments(used, current)
     problems = problems or [*_unused(history, used=used, selectors=selectors), *_unset(used, current)]
     if problems:
         raise ValueError("\n".join(problems))
-    return Config(text=_text(used, current), roots=tuple(roots))
+    return Config(text=_text(_walk(own, values) if others else used, current), roots=tuple(roots))
 
 
 def shipped_recipes() -> list[str]:
@@ -152,7 +157,7 @@ def find(name: str, search_paths: Sequence[str] = ()) -> Path:
 
 def differences(old: str, new: str) -> dict[str, tuple[str | None, str | None]]:
     """Compare two configuration texts: {name: (old value, new value)} of the bindings that differ."""
-    before, after = _statements(old), _statements(new)
+    before, after = statements(old), statements(new)
     names = [*before, *(name for name in after if name not in before)]
     return {
         name: (before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)
@@ -453,7 +458,9 @@ def _build(name: str, value: Any) -> Any:
         raise ValueError(f"{name}: {message}") from error
 
 
-def _statements(text: str) -> dict[str, str]:
+def statements(text: str) -> dict[str, str]:
+    """Read a configuration's text: {name: the value as written} of its bindings."""
+
     class Literal(parser.ParserDelegate):
         def configurable_reference(self, scoped_configurable_name, evaluate):
             return f"@{scoped_configurable_name}{'()' if evaluate else ''}"
@@ -461,10 +468,9 @@ def _statements(text: str) -> dict[str, str]:
         def macro(self, macro_name):
             return f"%{macro_name}"
 
-    statements = parser.ConfigParser(io.StringIO(text), Literal())
     return {
         _key_name((s.scope, s.selector, s.arg_name)): repr(s.value)
-        for s in statements
+        for s in parser.ConfigParser(io.StringIO(text), Literal())
         if isinstance(s, parser.BindingStatement)
     }
 

@@ -18,6 +18,7 @@ COMMANDS = {
     "infer": "predict or score JSON lines",
     "convert": "convert Hugging Face and T5X checkpoints to ours and back",
     "inspect": "show what a checkpoint holds, or how two differ",
+    "study": "plan, run, watch and report many runs as one experiment",
     "bench": "measure time to first step, speed and memory",
 }
 
@@ -70,7 +71,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         if name == command:
             module = importlib.import_module(f"mtjax.launch.{name}")
             module.add_arguments(subparser)
-            subparser.set_defaults(run=module.run, parser=subparser)
+            subparser.set_defaults(run=module.run, parser=subparser, arguments=arguments)
     if command is not None and command not in COMMANDS:
         parser.error(f"unknown command {command!r}{_nearest(command, COMMANDS)}")
     args, unknown = parser.parse_known_args(arguments)

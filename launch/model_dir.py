@@ -113,11 +113,8 @@ def open_run(args: argparse.Namespace, *, cache_dirs: Sequence[str] = ()) -> Run
 
     Raises ValueError where model_dir holds no run.
     """
-    import jax
-
-    from mtjax import sharding, train
+    from mtjax import program, sharding, train
     from mtjax.launch import config, prepare
-    from mtjax.launch.train import program_arguments
 
     if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch_size must be at least 1, got {args.batch_size}.")
@@ -131,15 +128,10 @@ def open_run(args: argparse.Namespace, *, cache_dirs: Sequence[str] = ()) -> Run
     data = arguments["data"]
     arguments["data"] = dataclasses.replace(data, batch_size=args.batch_size or data.batch_size)
     changed = {"microbatches": 1, "tasks": _trained_tasks(directory)}
-    program = train.prepare(**program_arguments(arguments) | changed)
-    abstract = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        jax.eval_shape(program.merge, program.abstract),
-        program.model_shardings,
-    )
-    sharding.check_divides(program.mesh, arguments["data"].batch_size)
+    built = train.prepare(**train.program_arguments(arguments) | changed)
+    sharding.check_divides(built.mesh, arguments["data"].batch_size)
     searched = list(dict.fromkeys([*cache_dirs, *data.cache_dirs]))
-    return Run(directory, arguments, searched, program.mesh, abstract)
+    return Run(directory, arguments, searched, built.mesh, program.abstract_parameters(built))
 
 
 def _trained_tasks(directory: Path) -> Any:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +100,22 @@ def _run(args: argparse.Namespace, notice: Any) -> int:
         prepare.mixture(**config.arguments(prepare.mixture))
     hosts.wait("cached")
     arguments = config.arguments(train.fit)
-    _save(Path(arguments["model_dir"]), config.text)
+    save(Path(arguments["model_dir"]), config.text)
     _announce(arguments)
     train.fit(**arguments, config_text=config.text, should_stop=notice.asked)
     return 0
 
 
-def configure(args: argparse.Namespace, *, defaults: Mapping[str, Any] | None = None) -> Any:
-    """Parse --gin_file and the bindings; other flags become macros, so that config.gin holds them."""
+def configure(
+    args: argparse.Namespace,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    also: Sequence[Callable[..., Any]] = (),
+) -> Any:
+    """Parse --gin_file and the bindings; other flags become macros, so that config.gin holds them.
+
+    defaults and also: see config.parse.
+    """
     from mtjax import train
     from mtjax.launch import config, prepare
 
@@ -132,6 +139,7 @@ def configure(args: argparse.Namespace, *, defaults: Mapping[str, Any] | None = 
         args.gin_file,
         bindings,
         roots=[prepare.mixture, train.fit],
+        also=also,
         search_paths=[folder for folders in args.gin_search_paths for folder in folders],
         defaults={"CACHE_DIRS": flags.cache_dirs(args), **(defaults or {})},
         paths=["MODEL_DIR", "INITIAL_CHECKPOINT_PATH"],
@@ -174,7 +182,8 @@ def check_model_dir(model_dir: Path, text: str) -> None:
         )
 
 
-def _save(model_dir: Path, text: str) -> None:
+def save(model_dir: Path, text: str) -> None:
+    """Write config.gin in a model directory, in one piece."""
     import jax
 
     if jax.process_index() == 0:
@@ -202,14 +211,6 @@ def _announce(arguments: Mapping[str, Any]) -> None:
 # Dry run ---------------------------------------------------------------------------------------------------
 
 
-def program_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those arguments of train.fit that train.prepare takes."""
-    from mtjax import train
-
-    names = inspect.signature(train.prepare).parameters
-    return {name: value for name, value in arguments.items() if name in names}
-
-
 def _dry_run(config: Any) -> int:
     from mtjax import train
     from mtjax.data import cache, pipeline
@@ -228,7 +229,7 @@ def _dry_run(config: Any) -> int:
         if config.is_bound(prepare.mixture):
             prepare.check_vocabulary(mixture, config.arguments(prepare.mixture).get("vocabulary"))
     tasks = None if mixture else train.TaskTable((data.mixture,), ("not cached",))
-    program = train.prepare(**program_arguments(arguments), tasks=tasks)
+    program = train.prepare(**train.program_arguments(arguments), tasks=tasks)
     out = screen.console()
     out.print(_parameter_table(program))
     out.print(_memory_table(program))

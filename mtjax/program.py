@@ -388,6 +388,15 @@ def program(
     )
 
 
+def abstract_parameters(run: Program) -> Params:
+    """Return the whole model's parameters as ShapeDtypeStructs with their shardings."""
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        jax.eval_shape(run.merge, run.abstract),
+        run.model_shardings,
+    )
+
+
 @contextlib.contextmanager
 def compiling(run: Program, batch: Batch) -> Iterator[None]:
     """Compile the step for batches like `batch` in a thread beside the body, which may make the state.

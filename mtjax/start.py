@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtjax import checkpoint, log, tree
+from mtjax import checkpoint, log, program, tree
 from mtjax.data import cache
 from mtjax.program import Program, TrainState
 from mtjax.types import Array, Model, Params
@@ -123,12 +123,7 @@ def state(
             )
         return run.init(key), None, {}
     _check_initial_vocabulary(initial_checkpoint, meta["vocabulary"])
-    abstract = jax.eval_shape(run.merge, run.abstract)
-    abstract = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        abstract,
-        run.model_shardings,
-    )
+    abstract = program.abstract_parameters(run)
     first = run.start_from(key, initial_parameters(initial_checkpoint, abstract, run.tasks.names))
     if initial_state == "optimizer":
         opt = checkpoint.restore_optimizer(initial_checkpoint, run.abstract.opt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -150,6 +151,12 @@ def prepare(
         group_by=group_by,
         ema_decay=ema_decay,
     )
+
+
+def program_arguments(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return those arguments of `fit` that `prepare` takes."""
+    names = inspect.signature(prepare).parameters
+    return {name: value for name, value in arguments.items() if name in names}
 
 
 class _Profiler:

@@ -5,9 +5,8 @@ import re
 import jax
 import pytest
 
-from mtjax import train, tree
+from mtjax import studies, train, tree
 from mtjax.launch import config, prepare
-from mtjax.launch import train as launch_train
 from mtjax.launch.flags import RECIPES
 
 MINI = "models/t5_1_1_mini.gin"
@@ -29,26 +28,30 @@ def files(recipe: str) -> list[str]:
     kind = recipe.partition("/")[0]
     if kind == "models":
         return [recipe, PRETRAIN]
+    text = (RECIPES / recipe).read_text()
     if kind == "runs":
-        text = (RECIPES / recipe).read_text()
         return [recipe] if "train.fit.model = " in text else [MINI, recipe]
+    if kind == "studies":
+        return [MINI, recipe] if recipe == "studies/base.gin" else [recipe]
     return [MINI, PRETRAIN, recipe]
 
 
 def arguments(recipe: str) -> dict:
-    parsed = config.parse(files(recipe), roots=[prepare.mixture, train.fit], defaults=REQUIRED)
+    parsed = config.parse(
+        files(recipe), roots=[prepare.mixture, train.fit], also=[studies.study], defaults=REQUIRED
+    )
     return parsed.arguments(train.fit)
 
 
 def test_there_are_recipes_of_every_kind():
     kinds = {recipe.partition("/")[0] for recipe in config.shipped_recipes()}
-    assert {"models", "runs", "balance", "peft", "mixtures"} <= kinds
+    assert {"models", "runs", "balance", "peft", "mixtures", "studies"} <= kinds
 
 
 @pytest.mark.parametrize("recipe", config.shipped_recipes())
 def test_recipe_builds_its_state(recipe):
     found = arguments(recipe)
-    program = train.prepare(**launch_train.program_arguments(found), tasks=TASKS)
+    program = train.prepare(**train.program_arguments(found), tasks=TASKS)
     parameters = tree.num_parameters(jax.eval_shape(program.merge, program.abstract))
     text = (RECIPES / recipe).read_text()
     assert text.startswith("# "), "a recipe opens with what it is"
@@ -56,6 +59,10 @@ def test_recipe_builds_its_state(recipe):
         stated = re.match(r"#.*: (\d+(?:\.\d)?)([MB]) parameters", text)
         unit = {"M": 1e6, "B": 1e9}[stated[2]]
         assert f"{parameters / unit:.{1 if stated[2] == 'B' else 0}f}" == stated[1]
+    if "studies.study:" in text:
+        assert "mtjax study run " in text
+        assert "Hardware: " in text
+        assert "Time: " in text
     if recipe.startswith("runs/"):
         assert "mtjax train --gin_file=" in text
         assert "Hardware: " in text
@@ -66,7 +73,12 @@ def test_recipe_builds_its_state(recipe):
 def test_recipe_is_used_in_full(recipe, monkeypatch, tmp_path):
     # Elsewhere than at their home, recipes are checked as a user's files are.
     monkeypatch.setattr(config, "RECIPES", tmp_path / "nowhere")
-    options = {"roots": [prepare.mixture, train.fit], "defaults": REQUIRED, "search_paths": [str(RECIPES)]}
+    options = {
+        "roots": [prepare.mixture, train.fit],
+        "also": [studies.study],
+        "defaults": REQUIRED,
+        "search_paths": [str(RECIPES)],
+    }
     config.parse(files(recipe), **options)
     (tmp_path / "wrong.gin").write_text("TRIAN_STEPS = 5")
     with pytest.raises(ValueError, match=r"wrong.gin:1: nothing uses TRIAN_STEPS. Did you mean TRAIN_STEPS"):

@@ -24,11 +24,11 @@ _OLD = "old-"  # no task has a hyphen in its name
 
 def _temporary(final: pathlib.Path, *, mark: str = "") -> pathlib.Path:
     """Name a file or folder that only this process writes: .tmp-<pid>-<host>-<token>-..."""
-    return final.with_name(f".tmp-{os.getpid()}-{_host()}-{_TOKEN}-{mark}{final.name}")
+    return final.with_name(f".tmp-{os.getpid()}-{host()}-{_TOKEN}-{mark}{final.name}")
 
 
 @functools.cache
-def _host() -> str:
+def host() -> str:
     """Return a name of what process ids are unique in: a boot of a machine, or a container on it."""
     parts = [platform.node()]
     with contextlib.suppress(OSError):
@@ -93,18 +93,23 @@ def remove_abandoned(directory: pathlib.Path) -> None:
 
 
 def _is_abandoned(path: pathlib.Path) -> bool:
-    _, pid, host, token, *_ = [*path.name.split("-", 4), "", "", ""]
-    if host != _host():
+    _, pid, where, token, *_ = [*path.name.split("-", 4), "", "", ""]
+    if where != host():
         return time.time() - path.stat().st_mtime > ABANDONED_AFTER_S
     if pid == str(os.getpid()):
         return token != _TOKEN  # an earlier process had our id
+    return not is_alive(int(pid))
+
+
+def is_alive(pid: int) -> bool:
+    """Tell whether a process of this host() runs."""
     try:
-        os.kill(int(pid), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's, and alive
         return False
-    return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _set_aside(final: pathlib.Path) -> pathlib.Path | None:
