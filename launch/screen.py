@@ -52,6 +52,21 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
+def duration(seconds: float) -> str:
+    """Write a time, e.g. 1:02:03, or 12.3 days."""
+    if seconds >= 100 * 3600:
+        return f"{seconds / 86400:,.1f} days"
+    whole = round(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+@contextmanager
+def status(description: str) -> Iterator[Callable[[str], None]]:
+    """Show what is being done on stderr while the body runs; nothing when piped."""
+    with console(stderr=True).status(description) as shown:
+        yield lambda text: shown.update(f"{description}: {text}")
+
+
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int, str], None]]:
     """Show a bar on stderr: yields update(done, total, what). When piped, a plain line per tenth."""

@@ -81,6 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--any_environment", action="store_true", help="work with other packages or devices than the study's"
     )
+    group = parser.add_argument_group("plan")
+    group.add_argument(
+        "--device", metavar="NAME", help="estimate time on this kind of chip, e.g. tpu-v5e or cpu-core"
+    )
+    group.add_argument("--chips", type=int, default=1, metavar="N", help="chips a run trains on (default: 1)")
+    group.add_argument(
+        "--utilisation", type=float, default=0.4, metavar="X", help="share of the chips' peak (default: 0.4)"
+    )
     flags.add_gin(parser)
     flags.add_tasks(parser)
 
@@ -229,19 +237,27 @@ def _arguments(args: argparse.Namespace, planned: Any) -> dict[str, Any]:
 
 
 def _plan(args: argparse.Namespace) -> int:
+    from mtjax.launch import screen
+    from mtjax.studies import costs, guards
+
+    device = args.device and costs.device(args.device, chips=args.chips, utilisation=args.utilisation)
     opened = open_study(args)
-    check_recipes(opened, args)
-    _print_plan(opened)
+    parameters = check_recipes(opened, args)
+    screen.console().print(_plan_table(opened, parameters, device))
+    _print_totals(opened, device)
+    findings = check_guards(opened, args)
+    rows = guards.as_rows(findings)
+    screen.console().print(screen.table("guards", ("guard", "what was checked or found", ""), rows))
+    guards.refuse(findings)
     return 0
 
 
-def _print_plan(opened: Opened) -> None:
+def _plan_table(opened: Opened, parameters: Mapping[str, int], device: Any) -> Any:
     from mtjax.launch import screen
 
     rows, seen = [], set()
     for node in opened.nodes:
-        planned = opened.costs[node.run.name]
-        goals = sum(len(targets.tasks) for targets in node.run.targets)
+        cost = opened.costs[node.run.name]
         again = " (again)" if node.id in seen else ""
         seen.add(node.id)
         rows.append(
@@ -249,20 +265,70 @@ def _print_plan(opened: Opened) -> None:
                 node.run.name,
                 node.id + again,
                 node.run.start or "",
-                planned.steps,
-                planned.positions,
-                planned.flops,
-                goals or "",
+                parameters[node.run.name],
+                cost.steps,
+                cost.positions,
+                cost.flops,
+                sum(len(targets.tasks) for targets in node.run.targets),
+                *(
+                    [screen.duration(device.seconds(cost.flops)), device.chip_hours(cost.flops)]
+                    if device
+                    else []
+                ),
             )
         )
-    columns = ("run", "id", "starts from", "steps", "positions", "FLOPs", "targets")
-    out = screen.console()
-    out.print(screen.table(f"{opened.study.name}: {opened.study.plan.question}", columns, rows))
-    distinct = {node.id: opened.costs[node.run.name] for node in opened.nodes}
-    out.print(
-        f"{len(distinct)} distinct runs, {sum(c.positions for c in distinct.values()):,} positions, "
-        f"{sum(c.flops for c in distinct.values()):.3g} FLOPs of training."
+    columns = ("run", "id", "starts from", "parameters", "steps", "positions", "FLOPs", "targets")
+    columns += ("time", "chip-hours") if device else ()
+    return screen.table(f"{opened.study.name}: {opened.study.plan.question}", columns, rows)
+
+
+def _print_totals(opened: Opened, device: Any) -> None:
+    from mtjax.launch import screen
+
+    distinct = {node.id: opened.costs[node.run.name] for node in opened.nodes}.values()
+    flops = sum(cost.flops for cost in distinct)
+    positions = sum(cost.positions for cost in distinct)
+    print(
+        f"{len(distinct)} distinct runs, {positions:,} positions (tokens and padding), {flops:.3g} FLOPs of training."
     )
+    if device:
+        print(
+            f"On {device.chips} x {device.name} at {device.utilisation:.0%} of the peak, one run after the other: "
+            f"{screen.duration(device.seconds(flops))}, {device.chip_hours(flops):,.4g} chip-hours, without compiling, "
+            "evaluating and saving."
+        )
+
+
+def check_guards(opened: Opened, args: argparse.Namespace) -> list[Any]:
+    """Return what the study's guards checked and found."""
+    from mtjax.data import cache
+    from mtjax.launch import screen
+    from mtjax.studies import guards
+
+    runs = [node.run for node in opened.nodes]
+    data = opened.base["data"]
+    mixture = cache.open_mixture(data.cache_dirs, data.mixture)
+    names, sizes = [task.name for task in opened.tasks], [float(task.num_examples) for task in opened.tasks]
+    drawn = {}
+    for planned in runs:
+        arguments = _arguments(args, planned)
+        rates = arguments["data"].rates or mixture.rates
+        drawn[planned.name] = guards.drawn_tasks(rates, sizes, names, arguments["train_steps"])
+    findings = [
+        *guards.unreported(runs, opened.study.guards),
+        *guards.trained_targets(runs, drawn, opened.study.guards),
+    ]
+    if any(finding.refused for finding in findings):  # n-grams of all texts take minutes
+        return findings
+    with screen.status("n-gram overlap") as tell:
+        return findings + guards.overlaps(
+            runs,
+            drawn,
+            {task.name: task for task in mixture.tasks},
+            opened.study.guards,
+            kept=Path(data.cache_dirs[0]) / "overlaps",
+            progress=tell,
+        )
 
 
 # run -------------------------------------------------------------------------------------------------------
@@ -308,7 +374,8 @@ def _cache(args: argparse.Namespace) -> None:
 
 def _settle(opened: Opened, args: argparse.Namespace) -> dict[str, Any]:
     """Check a study before its first run, and write or compare its manifest."""
-    from mtjax.studies import manifest
+    from mtjax.launch import config as config_lib
+    from mtjax.studies import guards, manifest
 
     old = manifest.read(opened.directory, opened.study.name)
     runs = [
@@ -321,11 +388,13 @@ def _settle(opened: Opened, args: argparse.Namespace) -> dict[str, Any]:
         }
         for node in opened.nodes
     ]
-    new = manifest.build(
-        study=opened.study.name, recipe=configure(args).text, runs=runs, data=opened.fingerprints
-    )
+    text = Path(config_lib.find(args.study)).read_text("utf-8")
+    new = manifest.build(study=opened.study.name, recipe=text, runs=runs, data=opened.fingerprints)
     if old is None or manifest.ids(old) != manifest.ids(new):
         check_recipes(opened, args)
+        findings = check_guards(opened, args)
+        guards.refuse(findings)
+        new["guards"] = guards.as_rows(findings)
     return manifest.settle(opened.directory, new, update=args.update, any_environment=args.any_environment)
 
 
@@ -451,7 +520,18 @@ def _status(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    raise ValueError("not yet")
+    from mtjax.studies import manifest, report, work
+
+    opened = open_study(args)
+    recorded = manifest.read(opened.directory, opened.study.name)
+    if recorded is None:
+        raise ValueError(
+            f"{str(opened.folder)!r} has no manifest: `mtjax study run` has not begun this study."
+        )
+    states = work.states(opened.nodes, _options(args, len(opened.nodes)))
+    page = report.write(opened.study, opened.nodes, states, recorded, opened.folder / "report")
+    print(f"Report: {page}, with its tables as CSV and plots as PNG beside it.")
+    return 0
 
 
 ACTIONS = {"plan": _plan, "run": _run, "status": _status, "report": _report}

@@ -44,6 +44,7 @@ def table(opened: Any, states: Mapping[str, Any], *, longest: int | None = None)
 
 
 def _rows(opened: Any, states: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+    from mtjax.launch import screen
     from mtjax.studies import execute
 
     for node in opened.nodes:
@@ -54,13 +55,7 @@ def _rows(opened: Any, states: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
         step, loss = last.get("step", 0), last.get("train/loss")
         left, note = "", state.error[:120]
         if state.status == "running":
-            left = _time_left(steps - step, last.get("train/steps_per_second"))
+            per_second = last.get("train/steps_per_second")
+            left = screen.duration((steps - step) / per_second) if per_second else ""
             note = f"{state.attempt.owner.get('node')} {state.attempt.owner.get('pid')}"
         yield (node.run.name, state.status, attempts, step, steps, "-" if loss is None else loss, left, note)
-
-
-def _time_left(steps: int, per_second: float | None) -> str:
-    if not per_second:
-        return ""
-    seconds = int(steps / per_second)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

@@ -96,7 +96,9 @@ class HeldOut:
     def ngrams(self) -> np.ndarray:
         """Return the sorted hashes of the held-out n-grams, uint64."""
         found = [
-            np.unique(np.concatenate([hashes for hashes, _ in _ngrams(task, self.rule.split, self.rule.n)]))
+            np.unique(
+                np.concatenate([hashes for hashes, _ in task_ngrams(task, self.rule.split, self.rule.n)])
+            )
             for task in self.tasks
         ]
         return np.unique(np.concatenate(found))
@@ -149,7 +151,7 @@ def _kept(task: cache.CachedTask, held_out: HeldOut) -> tuple[np.ndarray, int]:
     """Tell which examples stay, bool [examples of a pass], and how many common n-grams did not count."""
     ngrams, count = held_out.ngrams, task.num_examples(TRAIN)
     hits: list[np.ndarray] = []
-    for hashes, examples in _ngrams(task, TRAIN, held_out.rule.n):
+    for hashes, examples in task_ngrams(task, TRAIN, held_out.rule.n):
         places = np.minimum(np.searchsorted(ngrams, hashes), len(ngrams) - 1)
         found = ngrams[places] == hashes
         hits.append(places[found] * count + examples[found] % count)
@@ -199,8 +201,8 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def _ngrams(task: cache.CachedTask, split: str, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (hashes of n-grams, index of the example each is from) of a split, batch by batch."""
+def task_ngrams(task: cache.CachedTask, split: str, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (hashes of a task's n-grams, index of the example each is from) of a split, batch by batch."""
     source = task.source(split)
     vocabularies = [task.vocabulary(feature) for feature in task.features]
     for start in range(0, len(source), _BATCH):

@@ -46,7 +46,7 @@ def efficiency(
             exclude=exclude,
             hold_out_families=hold_out_families,
         )
-        aim = Targets(tuple(task.name for task in parts.goals), split, mode, max_examples)
+        aim = Targets(tuple(task.name for task in parts.goals), split, mode, max_examples, tuned=True)
         kept = {"TRAIN_STEPS": steps, "CHECKPOINT_PERIOD": every, "train.Saving.keep_every": every}
         planned = []
         for seed in seeds:

@@ -32,7 +32,8 @@ class Targets(NamedTuple):
     """What a trained run is evaluated on.
 
     mode: "likelihood" scores the targets (bits per byte); "rank" also ranks the options of the tasks that list
-    them; "greedy" also decodes. held_out: whether the run and those it starts from must not have seen them.
+    them; "greedy" also decodes. held_out: whether the run and those it starts from must not have trained on them.
+    tuned: whether the run itself, which fine-tunes on them, may.
     """
 
     tasks: tuple[str, ...]
@@ -40,6 +41,7 @@ class Targets(NamedTuple):
     mode: str = "rank"
     max_examples: int | None = None
     held_out: bool = True
+    tuned: bool = False
 
 
 class Run(NamedTuple):
@@ -228,7 +230,10 @@ def evaluated(run: Run, aim: Targets, *, tuned: Overrides | None) -> list[Run]:
     if tuned is None:
         return [run._replace(targets=(aim,), tags={**run.tags, "measured": "directly"})]
     tags = {**run.tags, "measured": "fine-tuned"}
-    return [run, Run(f"{run.name}/fine_tuned", tuned, start=run.name, targets=(aim,), tags=tags)]
+    return [
+        run,
+        Run(f"{run.name}/fine_tuned", tuned, start=run.name, targets=(aim._replace(tuned=True),), tags=tags),
+    ]
 
 
 # Checking and naming runs.

@@ -161,8 +161,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def read_results(found: Sequence[Node]) -> dict[str, dict[str, Any] | None]:
     """Return every run's results by name, None where there are none."""
-    results: dict[str, dict[str, Any] | None] = {}
-    for node in found:
-        path = node.folder / claims.RESULTS
-        results[node.run.name] = json.loads(path.read_text("utf-8"))["results"] if path.exists() else None
-    return results
+    return {node.run.name: _read(node).get("results") for node in found}
+
+
+def read_execution(node: Node) -> dict[str, Any]:
+    """Return who finished a run, in which attempt and how many seconds; {} where nobody has."""
+    return _read(node).get("execution", {})
+
+
+def _read(node: Node) -> dict[str, Any]:
+    path = node.folder / claims.RESULTS
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
