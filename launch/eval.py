@@ -149,7 +149,7 @@ def _evaluate(
             predictions_dir=folder,
             with_baselines=not args.no_baselines
             and any(task.name not in baselines for task in mixture.tasks),
-            task_ids={name: i for i, name in enumerate(meta["tasks"])},
+            task_ids=model_dir.task_ids(opened, meta),
             predictor=predictor,
             progress=update,
         )

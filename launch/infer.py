@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             mode=args.mode,
             codec=codec,
             batch_size=opened.data.batch_size,
-            task_ids={name: i for i, name in enumerate(meta["tasks"])},
+            task_ids=model_dir.task_ids(opened, meta),
             settings=settings,
             progress=update,
         )
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if summary.cut_inputs:
         print(f"{summary.cut_inputs} inputs were longer than {opened.data.lengths['inputs']} tokens, and cut")
     if summary.unknown_tasks:
-        hint = tree.unknown_name("task", summary.first_unknown, meta["tasks"])
+        hint = tree.unknown_name("task", summary.first_unknown, list(model_dir.task_ids(opened, meta)))
         print(
             f"{summary.unknown_tasks} lines name a task that the checkpoint was not trained on, and were answered "
             f"without one. {hint}"

@@ -144,6 +144,15 @@ def _trained_tasks(directory: Path) -> Any:
     return train.TaskTable(tuple(meta["tasks"]), tuple(meta["families"]))
 
 
+def task_ids(run: Run, meta: Mapping[str, Any]) -> dict[str, int]:
+    """Return tasks' ids by name: those of training, and those that the model describes beside them."""
+    from mtjax.models import routers
+
+    routers.check_descriptions(run.model.config, meta["tasks"])
+    names = routers.described_tasks(run.model.config) or meta["tasks"]
+    return {name: i for i, name in enumerate(names)}
+
+
 def predictor(run: Run, args: argparse.Namespace) -> Any:
     """Compile the run's model for prediction, with the beam search that its last checkpoint records."""
     from mtjax import checkpoint, predict

@@ -33,6 +33,7 @@ from mtjax import (
 from mtjax.data import cache, pipeline, vocabulary
 from mtjax.losses import LossConfig
 from mtjax.mixing import rates
+from mtjax.models import routers
 from mtjax.program import Program, StepMetrics, TaskTable, TrainState
 from mtjax.types import Balancer, Model, Peft
 
@@ -85,7 +86,9 @@ def task_table(tasks: Sequence[cache.CachedTask]) -> TaskTable:
     return TaskTable(tuple(task.name for task in tasks), tuple(task.family for task in tasks))
 
 
-def _check_vocabulary(model: Model, tasks: Sequence[cache.CachedTask]) -> None:
+def _check_tasks(model: Model, tasks: Sequence[cache.CachedTask]) -> None:
+    """Refuse tasks with more ids than the model has, or other ones than it describes."""
+    routers.check_descriptions(model.config, [task.name for task in tasks])
     for task in tasks:
         size = task.vocabulary("targets").size
         if model.config.vocab_size < size:
@@ -134,7 +137,7 @@ def prepare(
     """
     if tasks is None:
         cached = cache.open_mixture(data.cache_dirs, data.mixture).tasks
-        _check_vocabulary(model, cached)
+        _check_tasks(model, cached)
         tasks = task_table(cached)
     return program.program(
         model=model,
@@ -240,7 +243,7 @@ def fit(
     devices = sharding.make_mesh(mesh)
     num_hosts, host = sharding.data_hosts(devices)
     stream = pipeline.open_stream(data, num_hosts=num_hosts, host=host)
-    _check_vocabulary(model, stream.tasks)
+    _check_tasks(model, stream.tasks)
     run = prepare(
         model=model,
         data=data,

@@ -1,6 +1,8 @@
 """Every router keeps one contract; each one's own equations beside a naive reference."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -142,11 +144,12 @@ def test_gradients_reach_every_parameter_and_bfloat16_is_routed_in_float32(name)
 @pytest.mark.parametrize("name", ROUTERS)
 def test_a_decoder_takes_causal_routers_only(name):
     arrays = x_GND, mask_GN, *rest = batch()
-    table_GNE = route(name, *arrays)[1]
+    choice, table_GNE, _ = route(name, *arrays)
     later_GND = x_GND.copy()
     later_GND[:, 3:] = 9 * np.cos(np.arange(D)) * np.arange(N - 3)[:, None] + 1
     is_same = (route(name, later_GND, mask_GN, *rest)[1][:, :3] == table_GNE[:, :3]).all()
-    assert is_same == (name in CAUSAL)
+    # A later token with priority takes the place of an earlier one.
+    assert (is_same and getattr(choice, "priority_GN", None) is None) == (name in CAUSAL)
     if name in CAUSAL:
         routers.check_decoder(ROUTERS[name])
         # One position of one row, as in decoding.
@@ -154,7 +157,7 @@ def test_a_decoder_takes_causal_routers_only(name):
         np.testing.assert_allclose(route(name, *one)[1][0, 0], table_GNE[0, 2], rtol=1e-5)
     else:
         with pytest.raises(
-            ValueError, match=f"{type(ROUTERS[name]).__name__} routes a token by tokens after"
+            ValueError, match=f"{type(ROUTERS[name]).__name__} routes a token.* by tokens after"
         ):
             routers.check_decoder(ROUTERS[name])
 
@@ -334,6 +337,29 @@ def test_descriptions_route_tasks_never_trained_on():
         gate_logits(seen, [0], num_tasks=4)
     with pytest.raises(ValueError, match=r"a text for every task; it has none for \['b'\]"):
         routers.Descriptions({"a": "x", "b": " "})
+
+
+@dataclasses.dataclass(frozen=True)
+class Both:
+    """The part of a configuration that matters here."""
+
+    encoder_router: Any
+    decoder_router: Any
+
+
+def test_a_models_descriptions_are_of_the_runs_tasks():
+    gate = routers.Descriptions(TEXTS)
+    config = Both(routers.Switch(gate=gate), routers.TopK(gate=gate))
+    assert routers.described_tasks(config) == tuple(TEXTS)
+    routers.check_descriptions(config, ["cola", "sst2"])
+    with pytest.raises(ValueError, match=r"it has them as \['cola', 'sst2'\]"):
+        routers.check_descriptions(config, ["sst2", "cola"])
+    with pytest.raises(ValueError, match=r"it lacks \['copa'\]"):
+        routers.check_descriptions(config, ["cola", "copa"])
+    routers.check_descriptions(Both(None, GSHARD), ["x"])
+    other = Both(config.encoder_router, routers.Switch(gate=routers.Descriptions({"a": "b"})))
+    with pytest.raises(ValueError, match="need the same tasks in the same order"):
+        routers.described_tasks(other)
 
 
 def test_task_level_temperature_and_straight_through():

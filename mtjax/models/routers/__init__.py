@@ -17,10 +17,23 @@ from mtjax.models.routers.gates import Linear
 from mtjax.models.routers.hashed import Hash
 from mtjax.models.routers.soft import Soft
 from mtjax.models.routers.task_level import TaskLevel
-from mtjax.models.routers.tasks import Descriptions, TaskEmbedding, TaskMatrix
+from mtjax.models.routers.tasks import (
+    Descriptions,
+    TaskEmbedding,
+    TaskMatrix,
+    check_descriptions,
+    described_tasks,
+)
 from mtjax.models.routers.top_k import Switch, TopK
 
+SETTINGS = (
+    *(DSelectK, ExpertsChoose, Hash, Soft, Switch, TaskLevel, TopK),
+    *(Descriptions, Linear, TaskEmbedding, TaskMatrix),
+)
+"""The settings' classes: routers, and gates."""
+
 __all__ = [
+    "SETTINGS",
     "DSelectK",
     "Descriptions",
     "ExpertChoice",
@@ -37,4 +50,6 @@ __all__ = [
     "TokenChoice",
     "TopK",
     "check_decoder",
+    "check_descriptions",
+    "described_tasks",
 ]

@@ -43,12 +43,13 @@ Routing = tuple[TokenChoice | ExpertChoice | Slots, dict[str, Array]]
 
 
 def check_decoder(router: Any) -> None:
-    """Raise ValueError for a router whose choice for a token depends on later tokens."""
+    """Raise ValueError for a router with which tokens depend on later ones."""
     if not router.can_decode:
+        why = " by priority" if getattr(router, "batch_prioritized", False) else ""
         raise ValueError(
-            f"{type(router).__name__} routes a token by tokens after it, so a decoder would see its targets. "
-            "Use it in the encoder only, and Switch, TopK, Hash or a task router as decoder_router, or None "
-            "for a dense decoder."
+            f"{type(router).__name__} routes a token{why} by tokens after it, so a decoder would see its targets. "
+            "Use it in the encoder only, and Switch, TopK without priority, Hash or a task router as "
+            "decoder_router, or None for a dense decoder."
         )
 
 

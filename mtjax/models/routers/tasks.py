@@ -15,7 +15,7 @@ row for every task; starting from a checkpoint with other tasks moves the rows b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -158,3 +158,32 @@ class DescriptionsGate(nnx.Module):
         codes_TC = product(with_mean(embedded_TF, self.num_seen), self.code)
         rows_GN = task_rows(context, len(texts), x_GND.shape[:2])
         return product(x_GND, self.w) + product(codes_TC, self.w_code)[rows_GN]
+
+
+def described_tasks(config: Any) -> tuple[str, ...]:
+    """Return the tasks that a model's configuration describes, in the order of their ids; () where none is.
+
+    Raises ValueError where its parts describe different ones.
+    """
+    if isinstance(config, Descriptions):
+        return config.names
+    if not dataclasses.is_dataclass(config):
+        return ()
+    parts = {described_tasks(getattr(config, field.name)) for field in dataclasses.fields(config)} - {()}
+    if len(parts) > 1:
+        raise ValueError(
+            f"All Descriptions of a model need the same tasks in the same order; got {sorted(parts)}."
+        )
+    return parts.pop() if parts else ()
+
+
+def check_descriptions(config: Any, tasks: Sequence[str]) -> None:
+    """Raise ValueError where a model describes tasks, but not first these, in this order."""
+    described, tasks = described_tasks(config), tuple(tasks)
+    if not described or described[: len(tasks)] == tasks:
+        return
+    missing = [name for name in tasks if name not in described]
+    what = f"lacks {missing[:10]}" if missing else f"has them as {list(described[: len(tasks)])}"
+    raise ValueError(
+        f"Descriptions.texts has to describe the run's tasks first and in their order, {list(tasks)}; it {what}."
+    )

@@ -42,8 +42,12 @@ class TopK:
     batch_prioritized: bool = False  # tokens with large p are served first where capacity is short
     gate: Gate = LINEAR
 
-    can_decode: ClassVar[bool] = True
     can_pack: ClassVar[bool] = True
+
+    @property
+    def can_decode(self) -> bool:
+        """Tell whether no later token changes what becomes of a token: by priority one may take its place."""
+        return not self.batch_prioritized
 
     def __post_init__(self) -> None:
         if self.num_selected < 1:
