@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from mtjax.launch import STARTED, bench_data, flags
+from mtjax.launch import STARTED, bench_data, bench_decode, flags
 
 EXAMPLES = """
 example (T5 1.1 small on CPU, float32, batch 8):
@@ -37,8 +37,8 @@ COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `mtjax bench`."""
-    parser.epilog = EXAMPLES + bench_data.EXAMPLES
-    parser.add_argument("what", choices=["train", "data"], help="what is measured")
+    parser.epilog = EXAMPLES + bench_data.EXAMPLES + bench_decode.EXAMPLES
+    parser.add_argument("what", choices=["train", "data", "decode"], help="what is measured")
     parser.add_argument(
         "--steps", type=int, default=12, metavar="N", help="timed steps (default: %(default)s)"
     )
@@ -54,13 +54,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     bench_data.add_arguments(parser)
+    bench_decode.add_arguments(parser)
     flags.add_gin(parser)
     flags.add_tasks(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
+    if args.what == "decode":
+        return _bench_decode(args)
     return bench_data.run(args) if args.what == "data" else _bench_train(args)
+
+
+def _bench_decode(args: argparse.Namespace) -> int:
+    from mtjax import train
+    from mtjax.launch import train as launch_train
+
+    config = launch_train.configure(args, defaults=_DEFAULTS)
+    return bench_decode.run(args, config.arguments(train.fit, only=["model", "initial_checkpoint"]))
 
 
 def _bench_train(args: argparse.Namespace) -> int:

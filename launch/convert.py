@@ -12,9 +12,8 @@ from mtjax.launch.model_dir import CONFIG
 EXAMPLES = """
 examples:
   mtjax convert --from=hf:flan-t5-base --to=runs/flan_base           # then finetune:
-  mtjax train --gin_file=runs/flan_base/model.gin --gin_file=runs/finetune.gin \\
-      --gin.INITIAL_CHECKPOINT_PATH=runs/flan_base --gin.MIXTURE_OR_TASK_NAME=NAME --gin.TRAIN_STEPS=2000 \\
-      --gin.MODEL_DIR=runs/mine
+  mtjax train --gin_file=runs/finetune.gin --gin.INITIAL_CHECKPOINT_PATH=runs/flan_base \\
+      --gin.MIXTURE_OR_TASK_NAME=NAME --gin.TRAIN_STEPS=2000 --gin.MODEL_DIR=runs/mine
   mtjax convert --from=runs/mine --to=hf:exported                    # transformers' from_pretrained opens it
   mtjax convert --from=t5x:t5_1_1_small/checkpoint_1000000 --to=runs/t5_1_1_small --vocabulary=cc_all.32000.model
   mtjax convert --from=runs/mine --average=5 --to=runs/mean          # mean of the last five checkpoints
@@ -74,8 +73,8 @@ def run(args: argparse.Namespace) -> int:
     from mtjax.data import publish
     from mtjax.launch import screen
 
-    kind, target = _parse(args.to)
-    _check_flags(args, _parse(args.source)[0], kind)
+    kind, target = parse_place(args.to)
+    _check_flags(args, parse_place(args.source)[0], kind)
     if target.exists() and any(target.iterdir() if target.is_dir() else [target]):
         raise ValueError(f"{str(target)!r} is not empty; give --to a new folder.")
     source = _read(args)
@@ -102,7 +101,7 @@ def _said_of_optimizer(source: Any, weights: Any, kind: str) -> str:
     return f"; {'with' if is_kept else 'without'} the optimizer's state of step {source.step}"
 
 
-def _parse(text: str) -> tuple[str, Path]:
+def parse_place(text: str) -> tuple[str, Path]:
     """Split [FORMAT:]DIR."""
     from mtjax import tree
 
@@ -130,7 +129,7 @@ def _read(args: argparse.Namespace) -> Any:
     from mtjax import checkpoint, convert
     from mtjax.convert import huggingface, t5x
 
-    kind, source = _parse(args.source)
+    kind, source = parse_place(args.source)
     if not source.exists():
         raise ValueError(f"There is no {str(source)!r} (--from={args.source}).")
     if kind == "hf":
@@ -180,19 +179,19 @@ def _write(weights: Any, kind: str, folder: Path, target: Path, *, max_shard_byt
         t5x.write(weights, folder)
     else:
         convert.write_model_directory(weights, folder)
-        model = _model_gin(weights.config)
+        model = model_gin(weights.config)
         (folder / MODEL).write_text(model, "utf-8")
         (folder / CONFIG).write_text(_run_gin(model, target.absolute()), "utf-8")
 
 
-def _model_gin(config: Any) -> str:
+def model_gin(config: Any) -> str:
     """Bind the model in gin, as the files in gin/models do."""
     fields = dataclasses.asdict(config) | {"dtype": "%ACTIVATION_DTYPE", "dropout_rate": "%DROPOUT_RATE"}
     lines = [f"    {n} = {v if str(v).startswith('%') else repr(v)}" for n, v in fields.items()]
     return "\n".join(
         [
-            "# The architecture of converted parameters. Give it with a run: --gin_file=THIS FILE",
-            "# --gin_file=runs/finetune.gin --gin.INITIAL_CHECKPOINT_PATH=ITS FOLDER",
+            "# The architecture of a checkpoint. Give it with a run: --gin_file=THIS FILE",
+            "# --gin_file=runs/pretrain.gin. runs/finetune.gin takes it from INITIAL_CHECKPOINT_PATH.",
             "from __gin__ import dynamic_registration",
             "from mtjax import train",
             "from mtjax.models import t5",

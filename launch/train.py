@@ -8,13 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mtjax.launch import distributed, flags
+from mtjax.launch import distributed, flags, initial
 
 EXAMPLES = """
 examples:
   mtjax train --gin_file=runs/python_docs.gin --gin.MODEL_DIR=runs/first
   mtjax train --gin_file=models/t5_1_1_small.gin --gin_file=runs/pretrain.gin --module=my_tasks \\
       --gin.MIXTURE_OR_TASK_NAME=my_mixture --gin.TRAIN_STEPS=10000 --gin.MODEL_DIR=runs/mine
+  mtjax train --gin_file=runs/finetune.gin --gin.INITIAL_CHECKPOINT_PATH=hf:flan-t5-base \\
+      --gin.MIXTURE_OR_TASK_NAME=my_task --gin.TRAIN_STEPS=2000 --gin.MODEL_DIR=runs/tuned
   mtjax train --gin_file=runs/mine/config.gin                           resume (or just repeat the command)
   mtjax train --gin_file=runs/mine/config.gin --gin.MODEL_DIR=runs/two  the same run again
 
@@ -135,15 +137,23 @@ def configure(
         bindings.append(f"train.fit.profile_steps=({int(first)}, {int(last)})")
     if not args.gin_file:
         raise ValueError(f"Give a --gin_file. Shipped: {', '.join(config.shipped_recipes())}.")
-    return config.parse(
-        args.gin_file,
-        bindings,
-        roots=[prepare.mixture, train.fit],
-        also=also,
-        search_paths=[folder for folders in args.gin_search_paths for folder in folders],
-        defaults={"CACHE_DIRS": flags.cache_dirs(args), **(defaults or {})},
-        paths=["MODEL_DIR", "INITIAL_CHECKPOINT_PATH"],
-    )
+    files = list(args.gin_file)
+    with initial.temporary() as folder:
+        if (found := initial.of(args)) is not None:
+            bindings.append(f"{initial.MACRO}={found.path!r}")
+            # First, so that a model that the user names wins.
+            files = [initial.write(found, folder), *files] if found.model else files
+            if found.vocabulary and not any(text.startswith("VOCABULARY=") for text in bindings):
+                bindings.append(f"VOCABULARY={found.vocabulary!r}")
+        return config.parse(
+            files,
+            bindings,
+            roots=[prepare.mixture, train.fit],
+            also=also,
+            search_paths=[folder for folders in args.gin_search_paths for folder in folders],
+            defaults={"CACHE_DIRS": flags.cache_dirs(args), **(defaults or {})},
+            paths=["MODEL_DIR", initial.MACRO],
+        )
 
 
 def check_model_dir(model_dir: Path, text: str) -> None:
