@@ -1,5 +1,6 @@
 # make demo    install, then train and evaluate a small T5 on data that every Python carries
 # make test    install, then run the tests
+# make soak    kill training runs twenty times of each kind and compare every bit of what they become (an hour)
 # make lint    formatting, lint, types
 # make test-beam   install Apache Beam in an environment of its own, then run its tests there
 # make lock    pin today's versions of all dependencies in requirements.lock and requirements-beam.lock
@@ -10,7 +11,7 @@ INSTALLED := .venv/.installed
 BEAM := .venv-beam
 DEMO := runs/demo
 
-.PHONY: install demo test test-beam lint lock
+.PHONY: install demo test soak test-beam lint lock
 
 install: $(INSTALLED)
 
@@ -33,6 +34,9 @@ $(DEMO)/vocab.model: | $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2
+
+soak: $(INSTALLED)
+	MTJAX_KILLS=20 $(BIN)/python -m pytest -rA -p no:cacheprovider tests/test_soak.py
 
 # Its own environment: Beam wants an older protobuf.
 $(BEAM)/.installed: requirements-beam.lock pyproject.toml
