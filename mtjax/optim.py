@@ -215,7 +215,8 @@ def adafactor(
     that share a step, times learning_rate ** weight_decay_rate_lr_exponent where given.
 
     Leading layer dims (tree.num_layer_dims) are batch dims: factoring, rms and clipping are per layer, so
-    stacked and unstacked layers train alike. A parameter with more dims is a stack of matrices too.
+    stacked and unstacked layers train alike. A parameter with more dims is a stack of matrices too: experts'
+    kernels [E, D, F] are factored, scaled and clipped one by one, as by T5X's rules for mixtures of experts.
     """
     schedule = _schedule(learning_rate)
 

@@ -101,12 +101,20 @@ class _Losses(NamedTuple):
     stats: dict[str, Array]
 
 
-def _split_rows(batch: Batch, microbatches: int) -> Batch:
-    """Cut rows into microbatches [M, B/M, ...], each with rows of every device."""
-    return {
-        name: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
-        for name, x in batch.items()
-    }
+def _split_rows(batch: Batch, microbatches: int, group_rows: int) -> Batch:
+    """Cut rows into microbatches [M, B/M, ...], each with rows of every device, group_rows at a time."""
+
+    def split(x: Array) -> Array:
+        by_group = x.reshape(-1, microbatches, group_rows, *x.shape[1:]).swapaxes(0, 1)
+        return by_group.reshape(microbatches, -1, *x.shape[1:])
+
+    return {name: split(x) for name, x in batch.items()}
+
+
+def _group_rows(model: Model) -> int:
+    """Return how many rows the model routes together."""
+    moe = getattr(model.config, "moe", None)
+    return 1 if moe is None else moe.group_rows
 
 
 def _add(a: PyTree, b: PyTree) -> PyTree:
@@ -218,7 +226,7 @@ def _make_step(
         if microbatches == 1:
             return _whole_batch(lambda p: forward(p, state.frozen, batch, key, denominator, whole), params)
         keys = jax.random.split(key, microbatches)
-        rows = _split_rows(batch, microbatches)
+        rows = _split_rows(batch, microbatches, _group_rows(model))
         one = lambda p, b, k: forward(p, state.frozen, b, k, denominator, whole)  # noqa: E731
         return _micro_batches(one, params, rows, keys, w_G)
 
@@ -326,6 +334,11 @@ def program(
             f"microbatches={microbatches} does not divide batch_size={batch_size}; use one of {divisors}."
         )
     sharding.check_divides(mesh, batch_size // microbatches)
+    if (rows := batch_size // microbatches // sharding.num_row_shards(mesh)) % _group_rows(model):
+        raise ValueError(
+            f"A device has {rows} rows of a microbatch, which cannot be cut into routing groups of "
+            f"MoeConfig.group_rows={_group_rows(model)}; use a divisor of {rows}."
+        )
     groups, group_of_T = group_ids(tasks, group_by)
     start_from = _make_init(
         optimizer=optimizer, balancer=balancer, peft=peft, num_groups=len(groups), ema_decay=ema_decay

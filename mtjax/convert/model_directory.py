@@ -67,6 +67,8 @@ def config_of(described: Mapping[str, Any], *, source: str) -> t5.T5Config:
     """Build the configuration that a checkpoint's meta describes."""
     if described.get("name") != "T5Config":
         raise ValueError(f"{source!r} holds a {described.get('name')}; only encoder-decoders are converted.")
+    if described.get("moe") is not None:
+        raise ValueError(f"{source!r} holds a mixture of experts; only dense encoder-decoders are converted.")
     fields = {field.name for field in dataclasses.fields(t5.T5Config)}
     values: dict[str, Any] = {name: value for name, value in described.items() if name in fields}
     values["mlp_activations"] = tuple(values["mlp_activations"])  # a list in JSON

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from mtjax import losses, tree
 from mtjax.models import functional
 from mtjax.models.attention import Attention, Bias, Mixer, RelativePositionBias
 from mtjax.models.layers import MlpBlock, dropout
+from mtjax.models.moe import MoeConfig, SparseMlp, choices_per_token
+from mtjax.models.routers import check_decoder
 from mtjax.types import Array, Context, Whole
 
+MakeMlp = Callable[[Array], nnx.Module]  # (key) -> the feed-forward block of a layer
 DTYPES = ("float32", "bfloat16")
 
 
@@ -37,6 +42,18 @@ def check_config(config: Any) -> None:
         raise tree.unknown_name("dtype", str(config.dtype), DTYPES)
     if config.remat_policy not in functional.REMAT_POLICIES:
         raise tree.unknown_name("remat policy", config.remat_policy, list(functional.REMAT_POLICIES))
+    if config.moe is not None:
+        _check_moe(config)
+
+
+def _check_moe(config: Any) -> None:
+    sides = dict(config.num_layers_by_side)
+    if "encoder" not in sides and config.moe.encoder_router is not None:
+        raise ValueError("This model has no encoder: leave MoeConfig.encoder_router None.")
+    for side, num_layers in sides.items():
+        config.moe.check_layers(side, num_layers)
+    if config.moe.decoder_router is not None:
+        check_decoder(config.moe.decoder_router)
 
 
 def attention_block(config: Any, key: Array, *, num_kv_heads: int | None = None) -> Attention:
@@ -58,11 +75,58 @@ def mlp_block(config: Any, key: Array) -> MlpBlock:
     )
 
 
+def sparse_mlp(config: Any, side: str, key: Array) -> SparseMlp:
+    """Make a sparse feed-forward block of a config's sizes, for its 'encoder' or 'decoder'."""
+    return SparseMlp(
+        config.moe,
+        side,
+        emb_dim=config.emb_dim,
+        mlp_dim=config.mlp_dim,
+        activations=config.mlp_activations,
+        dropout_rate=config.dropout_rate,
+        num_sparse_layers=sum(config.moe.num_sparse(*layers) for layers in config.num_layers_by_side),
+        key=key,
+    )
+
+
+def every_nth(
+    config: Any, side: str, make_layer: Callable[[Array, Any], nnx.Module]
+) -> tuple[int, Callable[[Array], nnx.Module]] | None:
+    """Return add_layers' nth: the layers of a side with a sparse block, or None where there are none.
+
+    make_layer(key, make_mlp) makes a layer.
+    """
+    if config.moe is None or config.moe.router(side) is None:
+        return None
+    sparse = functools.partial(sparse_mlp, config, side)
+    return config.moe.every, lambda key: make_layer(key, sparse)
+
+
 def block_products(config: Any, *, num_kv_heads: int | None = None) -> int:
     """Count a token's multiply-adds in one layer's self-attention projections and feed-forward."""
     heads = config.num_heads + (num_kv_heads or config.num_heads)
     attention = 2 * config.emb_dim * heads * config.head_dim
-    return attention + config.emb_dim * config.mlp_dim * (len(config.mlp_activations) + 1)
+    return attention + mlp_products(config, config.mlp_dim)
+
+
+def mlp_products(config: Any, mlp_dim: int) -> int:
+    """Count a token's multiply-adds in a dense feed-forward block."""
+    return config.emb_dim * mlp_dim * (len(config.mlp_activations) + 1)
+
+
+def sparse_products(config: Any, side: str, num_tokens: int) -> float:
+    """Count the multiply-adds that sparse blocks add to a side's dense layers, for a row of num_tokens.
+
+    Experts count as often as tokens choose them, whatever their capacity; a router counts as one product.
+    """
+    if config.moe is None or config.moe.router(side) is None:
+        return 0.0
+    moe: MoeConfig = config.moe
+    num_sparse = moe.num_sparse(side, dict(config.num_layers_by_side)[side])
+    choices = choices_per_token(moe, side, emb_dim=config.emb_dim, num_tokens=num_tokens * moe.group_rows)
+    experts = choices * mlp_products(config, moe.mlp_dim or config.mlp_dim)
+    replaced = 0 if moe.extra_mlp else mlp_products(config, config.mlp_dim)
+    return num_sparse * num_tokens * (experts - replaced + config.emb_dim * moe.num_experts)
 
 
 def attention_products(config: Any, num_keys: int) -> int:

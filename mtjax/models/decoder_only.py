@@ -20,6 +20,7 @@ from mtjax import sharding
 from mtjax.models import functional
 from mtjax.models.attention import Bias, attention_mask
 from mtjax.models.blocks import (
+    MakeMlp,
     attention_block,
     attention_products,
     batch_context,
@@ -27,13 +28,16 @@ from mtjax.models.blocks import (
     cache_context,
     check_config,
     empty_cache,
+    every_nth,
     mlp_block,
     relative_bias,
     residual_dropout,
+    sparse_products,
     take_rows,
     with_step_bias_of,
 )
 from mtjax.models.layers import Embed, Linear, RMSNorm, dropout, fan_in_truncated
+from mtjax.models.moe import MoeConfig
 from mtjax.types import Array, Aux, Context, Features, Model, Whole
 
 
@@ -57,9 +61,15 @@ class DecoderOnlyConfig:
     decoder_kv_heads: int | None = None  # grouped queries (arXiv:2305.13245); None: each head its own keys
     scan_layers: bool = False
     remat_policy: str = "none"
+    moe: MoeConfig | None = None
 
     def __post_init__(self) -> None:
         check_config(self)
+
+    @property
+    def num_layers_by_side(self) -> tuple[tuple[str, int], ...]:
+        """Return the layers of the decoder."""
+        return (("decoder", self.num_layers),)
 
 
 def decoder_only(config: DecoderOnlyConfig) -> Model:
@@ -76,18 +86,19 @@ def flops(config: DecoderOnlyConfig, batch_size: int, *, lengths: Mapping[str, i
     """
     L = lengths.get("inputs", 0) + lengths["targets"]
     layer = block_products(config, num_kv_heads=config.decoder_kv_heads) + attention_products(config, L)
-    return float(3 * 2 * batch_size * L * (config.num_layers * layer + config.emb_dim * config.vocab_size))
+    dense = L * (config.num_layers * layer + config.emb_dim * config.vocab_size)
+    return float(3 * 2 * batch_size * (dense + sparse_products(config, "decoder", L)))
 
 
 class DecoderOnlyLayer(nnx.Module):
     """Self-attention and feed-forward, each normalised before and added after."""
 
-    def __init__(self, config: DecoderOnlyConfig, key: Array) -> None:
+    def __init__(self, config: DecoderOnlyConfig, key: Array, make_mlp: MakeMlp | None = None) -> None:
         attention_key, mlp_key = jax.random.split(key)
         self.pre_self_attention_layer_norm = RMSNorm(config.emb_dim)
         self.self_attention = attention_block(config, attention_key, num_kv_heads=config.decoder_kv_heads)
         self.pre_mlp_layer_norm = RMSNorm(config.emb_dim)
-        self.mlp = mlp_block(config, mlp_key)
+        self.mlp = make_mlp(mlp_key) if make_mlp else mlp_block(config, mlp_key)
         self.dropout_rate = config.dropout_rate
 
     def __call__(self, x_BLD: Array, bias: Bias, context: Context) -> tuple[Array, Aux]:
@@ -138,6 +149,7 @@ class Decoder(nnx.Module):
             key=layers_key,
             num_layers=config.num_layers,
             scan=config.scan_layers,
+            nth=every_nth(config, "decoder", functools.partial(DecoderOnlyLayer, config)),
         )
         self.decoder_norm = RMSNorm(config.emb_dim)
         if not config.logits_via_embedding:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,8 @@ from flax import nnx
 
 from mtjax import sharding, tree
 from mtjax.types import Array, Aux, Context, Features, Model, Output, Params, Whole
+
+BLOCK = "block"  # layers/block_0, ...: layers of several kinds that are stacked together
 
 REMAT_POLICIES: dict[str, Callable[..., Any] | None] = {
     "none": None,
@@ -106,20 +108,50 @@ def functional(make: Callable[[Array], Any], *, config: Any, flops: Callable[...
     return Model(config, init, features, logits, apply, encode, start, decode, abstract.reorder, flops)
 
 
+class Superblock(nnx.Module):
+    """Layers of several kinds, block_0, block_1, ..., that are stacked and scanned together."""
+
+    def __init__(self, blocks: Sequence[nnx.Module]) -> None:
+        self.num_blocks = len(blocks)
+        for i, block in enumerate(blocks):
+            setattr(self, f"{BLOCK}_{i}", block)
+
+
+def blocks_of(unit: Any) -> list[Any]:
+    """Return the layers of what is scanned: of a superblock, or the one layer itself."""
+    if not isinstance(unit, Superblock):
+        return [unit]
+    return [getattr(unit, f"{BLOCK}_{i}") for i in range(unit.num_blocks)]
+
+
 def add_layers(
-    owner: nnx.Module, make_layer: Callable[[Array], nnx.Module], *, key: Array, num_layers: int, scan: bool
+    owner: nnx.Module,
+    make_layer: Callable[[Array], nnx.Module],
+    *,
+    key: Array,
+    num_layers: int,
+    scan: bool,
+    nth: tuple[int, Callable[[Array], nnx.Module]] | None = None,
 ) -> None:
     """Give `owner` its layers: one stacked module `layers`, or modules `layers_0`, `layers_1`, ...
 
-    Layer i gets the same key, and so the same values (to rounding), either way.
+    With nth = (n, make), the last of every n layers is made by `make`, and what is stacked is a Superblock of
+    n layers. Layer i gets the same key, and so the same values (to rounding), either way.
     """
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_layers))
+    n, make_nth = nth or (1, make_layer)
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_layers)).reshape(-1, n)
+
+    def make_unit(keys: Array) -> nnx.Module:
+        blocks = [*map(make_layer, keys[:-1]), make_nth(keys[-1])]
+        return blocks[0] if n == 1 else Superblock(blocks)
+
     if scan:
-        setattr(owner, tree.STACK, jax.vmap(make_layer)(keys))
+        setattr(owner, tree.STACK, jax.vmap(make_unit)(keys))
     else:
-        stacked = jax.lax.map(make_layer, keys)  # a loop: the layer's initialisation is compiled once
+        stacked = jax.lax.map(make_unit, keys)  # a loop: the layer's initialisation is compiled once
         for i in range(num_layers):
-            setattr(owner, f"{tree.STACK}_{i}", jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
+            layer = jax.tree.map(lambda leaf, i=i: leaf[i // n], blocks_of(stacked)[i % n])
+            setattr(owner, f"{tree.STACK}_{i}", layer)
 
 
 def run_layers(
@@ -144,8 +176,18 @@ def run_layers(
 
     if (policy := REMAT_POLICIES[remat_policy]) is not None:
         step = jax.checkpoint(step, policy=policy, prevent_cse=not hasattr(owner, tree.STACK))
+
+    def unit_step(x_BLD: Array, unit: tuple[Any, Array]) -> tuple[Array, Aux]:
+        blocks, total = blocks_of(unit[0]), Aux({}, {})
+        for b, block in enumerate(blocks):
+            x_BLD, aux = step(x_BLD, (block, unit[1] * len(blocks) + b))
+            total = add_aux(total, aux)
+        return x_BLD, total
+
     if hasattr(owner, tree.STACK):
-        x_BLD, aux = jax.lax.scan(step, x_BLD, (getattr(owner, tree.STACK), jnp.arange(num_layers)))
+        units = getattr(owner, tree.STACK)
+        numbers = jnp.arange(num_layers // len(blocks_of(units)))
+        x_BLD, aux = jax.lax.scan(unit_step, x_BLD, (units, numbers))
         return x_BLD, jax.tree.map(lambda values: values.sum(0), aux)
     total = Aux({}, {})
     for i in range(num_layers):
@@ -178,9 +220,19 @@ def decode_layers(
     start empty.
     """
     if hasattr(owner, tree.STACK):
-        return jax.lax.scan(
-            lambda x, layer: call(layer[0], x, layer[1]), x_BLD, (getattr(owner, tree.STACK), cache)
-        )
+        units = getattr(owner, tree.STACK)
+        n = len(blocks_of(units))
+
+        def unit_step(x_BLD: Array, unit: tuple[Any, Any]) -> tuple[Array, Any]:
+            kept = []
+            for b, block in enumerate(blocks_of(unit[0])):
+                x_BLD, layer_cache = call(block, x_BLD, jax.tree.map(lambda leaf, b=b: leaf[b], unit[1]))
+                kept.append(layer_cache)
+            return x_BLD, jax.tree.map(lambda *leaves: jnp.stack(leaves), *kept)
+
+        by_unit = jax.tree.map(lambda leaf: leaf.reshape(-1, n, *leaf.shape[1:]), cache)
+        x_BLD, by_unit = jax.lax.scan(unit_step, x_BLD, (units, by_unit))
+        return x_BLD, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), by_unit)
     updated = []
     for i in range(num_layers):
         layer_cache = {name: values[i] for name, values in cache.items()}
@@ -192,12 +244,16 @@ def decode_layers(
 def map_layers(owner: nnx.Module, function: Callable[[Any], Any], *, num_layers: int) -> Any:
     """Return function(layer) of every layer: stacked on a leading dim where scanned, else a list."""
     if hasattr(owner, tree.STACK):
-        return jax.lax.map(function, getattr(owner, tree.STACK))
+        each = [jax.lax.map(function, block) for block in blocks_of(getattr(owner, tree.STACK))]
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves, 1).reshape(-1, *leaves[0].shape[1:]), *each)
     return [function(getattr(owner, f"{tree.STACK}_{i}")) for i in range(num_layers)]
 
 
 def stack_layers(params: Params, *, stack: Callable[[Any], Any] = jnp.stack) -> Params:
-    """Turn layers_0/..., layers_1/... into layers/... with a leading layer dim; `stack` joins arrays on it."""
+    """Turn layers_0/..., layers_1/... into layers/... with a leading layer dim; `stack` joins arrays on it.
+
+    Layers of several kinds that repeat every n layers become layers/block_0/..., ..., layers/block_{n-1}/...
+    """
     if not isinstance(params, Mapping):
         return params
     stack_layers_of = functools.partial(stack_layers, stack=stack)
@@ -207,7 +263,16 @@ def stack_layers(params: Params, *, stack: Callable[[Any], Any] = jnp.stack) -> 
     if not numbers:
         return others
     layers = [stack_layers_of(params[f"{prefix}{i}"]) for i in numbers]
-    return others | {tree.STACK: jax.tree.map(lambda *leaves: stack(leaves), *layers)}
+    n = _period([jax.tree.structure(layer) for layer in layers])
+    blocks = [jax.tree.map(lambda *leaves: stack(leaves), *layers[b::n]) for b in range(n)]
+    return others | {tree.STACK: blocks[0] if n == 1 else {f"{BLOCK}_{b}": x for b, x in enumerate(blocks)}}
+
+
+def _period(structures: Sequence[Any]) -> int:
+    """Return the least n that divides the layers and after which their structures repeat."""
+    count = len(structures)
+    divisors = (n for n in range(1, count + 1) if count % n == 0)
+    return next(n for n in divisors if all(structures[i] == structures[i % n] for i in range(count)))
 
 
 def unstack_layers(params: Params) -> Params:
@@ -218,8 +283,10 @@ def unstack_layers(params: Params) -> Params:
     if tree.STACK not in params:
         return others
     stacked = params[tree.STACK]
-    num_layers = jax.tree.leaves(stacked)[0].shape[0]
+    n = sum(name.startswith(f"{BLOCK}_") for name in stacked)
+    blocks = [stacked[f"{BLOCK}_{b}"] for b in range(n)] or [stacked]
+    n, num_units = len(blocks), jax.tree.leaves(blocks[0])[0].shape[0]
     return others | {
-        f"{tree.STACK}_{i}": unstack_layers(jax.tree.map(lambda leaf, i=i: leaf[i], stacked))
-        for i in range(num_layers)
+        f"{tree.STACK}_{i}": unstack_layers(jax.tree.map(lambda leaf, i=i: leaf[i // n], blocks[i % n]))
+        for i in range(n * num_units)
     }

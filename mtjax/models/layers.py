@@ -95,18 +95,31 @@ class Linear(nnx.Module):
         return matmul(x, self.kernel[...].astype(x.dtype))
 
 
+def gated(activations: Sequence[str], *parts: Array) -> Array:
+    """Return the product of the activated projections."""
+    hidden, *others = (ACTIVATIONS[name](part) for name, part in zip(activations, parts, strict=True))
+    for other in others:
+        hidden = hidden * other
+    return hidden
+
+
+def projection_names(activations: Sequence[str]) -> tuple[str, ...]:
+    """Name a feed-forward block's first projections: wi, or wi_0, wi_1, ... of a gated one."""
+    for name in activations:
+        if name not in ACTIVATIONS:
+            raise tree.unknown_name("activation", name, list(ACTIVATIONS))
+    return ("wi",) if len(activations) == 1 else tuple(f"wi_{i}" for i in range(len(activations)))
+
+
 class MlpBlock(nnx.Module):
     """The feed-forward block: the product of its activated projections, projected back (Shazeer 2020)."""
 
     def __init__(
         self, emb_dim: int, mlp_dim: int, activations: Sequence[str], *, dropout_rate: float, key: Array
     ) -> None:
-        for name in activations:
-            if name not in ACTIVATIONS:
-                raise tree.unknown_name("activation", name, list(ACTIVATIONS))
+        self.names = projection_names(activations)
         *wi_keys, wo_key = jax.random.split(key, len(activations) + 1)
         self.activations = tuple(activations)
-        self.names = ("wi",) if len(activations) == 1 else tuple(f"wi_{i}" for i in range(len(activations)))
         for name, wi_key in zip(self.names, wi_keys, strict=True):
             setattr(self, name, Linear(fan_in_truncated(wi_key, (emb_dim, mlp_dim))))
         self.wo = Linear(fan_in_truncated(wo_key, (mlp_dim, emb_dim)))
@@ -120,18 +133,9 @@ class MlpBlock(nnx.Module):
 
     def project_out(self, parts: list[Array], context: Context) -> Array:
         """Return the product of the activated projections, projected back to [B, L, D]."""
-        hidden_BLF = self.activate(*parts)
+        hidden_BLF = gated(self.activations, *parts)
         hidden_BLF = dropout(hidden_BLF, self.dropout_rate, context=context, site=10, broadcast_dim=-2)
         return self.wo(hidden_BLF, context)
-
-    def activate(self, *parts: Array) -> Array:
-        """Return the product of the activated projections."""
-        hidden, *others = (
-            ACTIVATIONS[name](part) for name, part in zip(self.activations, parts, strict=True)
-        )
-        for other in others:
-            hidden = hidden * other
-        return hidden
 
 
 class Embed(nnx.Module):

@@ -19,6 +19,7 @@ from mtjax import sharding, tree
 from mtjax.models import functional
 from mtjax.models.attention import Bias, Mixer, attention_mask
 from mtjax.models.blocks import (
+    MakeMlp,
     attention_block,
     attention_products,
     batch_context,
@@ -26,15 +27,18 @@ from mtjax.models.blocks import (
     cache_context,
     check_config,
     empty_cache,
+    every_nth,
     mlp_block,
     relative_bias,
     residual_dropout,
+    sparse_products,
     take_rows,
     with_bias_of,
     with_step_bias_of,
 )
 from mtjax.models.layers import Embed, Linear, RMSNorm, dropout, fan_in_truncated
 from mtjax.models.long_attention import BlockBias, block_bias
+from mtjax.models.moe import MoeConfig
 from mtjax.types import Array, Aux, Context, Features, Model, Whole
 
 ENCODER_ATTENTION = ("full", "local", "transient_global")
@@ -64,11 +68,17 @@ class T5Config:
     global_block_size: int = 16  # of transient global attention: tokens summed into one
     scan_layers: bool = False
     remat_policy: str = "none"
+    moe: MoeConfig | None = None
 
     def __post_init__(self) -> None:
         check_config(self)
         if self.encoder_attention not in ENCODER_ATTENTION:
             raise tree.unknown_name("encoder_attention", str(self.encoder_attention), ENCODER_ATTENTION)
+
+    @property
+    def num_layers_by_side(self) -> tuple[tuple[str, int], ...]:
+        """Return the layers of the encoder and the decoder."""
+        return (("encoder", self.num_encoder_layers), ("decoder", self.num_decoder_layers))
 
 
 def t5(config: T5Config) -> Model:
@@ -98,14 +108,15 @@ def flops(config: T5Config, batch_size: int, *, lengths: Mapping[str, int]) -> f
     own = block_products(config, num_kv_heads=kv_heads) + attention_products(config, L)
     decoder = L * (own + attention_products(config, S)) + cross
     logits = L * config.emb_dim * config.vocab_size
-    total = config.num_encoder_layers * encoder + config.num_decoder_layers * decoder + logits
+    sparse = sparse_products(config, "encoder", S) + sparse_products(config, "decoder", L)
+    total = config.num_encoder_layers * encoder + config.num_decoder_layers * decoder + sparse + logits
     return float(3 * 2 * batch_size * total)
 
 
 class EncoderLayer(nnx.Module):
     """Self-attention and feed-forward, each normalised before and added after."""
 
-    def __init__(self, config: T5Config, key: Array) -> None:
+    def __init__(self, config: T5Config, key: Array, make_mlp: MakeMlp | None = None) -> None:
         attention_key, mlp_key = jax.random.split(key)
         if config.relative_bias_per_layer:
             add_encoder_tables(self, config, jax.random.fold_in(key, 1))
@@ -114,7 +125,7 @@ class EncoderLayer(nnx.Module):
             self.global_input_layer_norm = RMSNorm(config.emb_dim)
         self.attention = attention_block(config, attention_key)
         self.pre_mlp_layer_norm = RMSNorm(config.emb_dim)
-        self.mlp = mlp_block(config, mlp_key)
+        self.mlp = make_mlp(mlp_key) if make_mlp else mlp_block(config, mlp_key)
         self.dropout_rate = config.dropout_rate
 
     def __call__(self, x_BLD: Array, bias: Mixer, context: Context) -> tuple[Array, Aux]:
@@ -133,7 +144,7 @@ class EncoderLayer(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Causal self-attention, attention to the encoder, and feed-forward."""
 
-    def __init__(self, config: T5Config, key: Array) -> None:
+    def __init__(self, config: T5Config, key: Array, make_mlp: MakeMlp | None = None) -> None:
         self_key, cross_key, mlp_key = jax.random.split(key, 3)
         if config.relative_bias_per_layer:
             self.relpos_bias = relative_bias(config, bidirectional=False, key=jax.random.fold_in(key, 1))
@@ -144,7 +155,7 @@ class DecoderLayer(nnx.Module):
             config, cross_key, num_kv_heads=config.decoder_kv_heads
         )
         self.pre_mlp_layer_norm = RMSNorm(config.emb_dim)
-        self.mlp = mlp_block(config, mlp_key)
+        self.mlp = make_mlp(mlp_key) if make_mlp else mlp_block(config, mlp_key)
         self.dropout_rate = config.dropout_rate
 
     def __call__(
@@ -234,6 +245,7 @@ class Encoder(nnx.Module):
             key=layers_key,
             num_layers=config.num_encoder_layers,
             scan=config.scan_layers,
+            nth=every_nth(config, "encoder", functools.partial(EncoderLayer, config)),
         )
         self.encoder_norm = RMSNorm(config.emb_dim)
         self.config = config
@@ -268,6 +280,7 @@ class Decoder(nnx.Module):
             key=layers_key,
             num_layers=config.num_decoder_layers,
             scan=config.scan_layers,
+            nth=every_nth(config, "decoder", functools.partial(DecoderLayer, config)),
         )
         self.decoder_norm = RMSNorm(config.emb_dim)
         if not config.logits_via_embedding:
