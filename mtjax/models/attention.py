@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +13,8 @@ import numpy as np
 from flax import nnx
 
 from mtjax import sharding
+from mtjax.models import fast_attention
+from mtjax.models.flash import PADDING, TokenBias
 from mtjax.models.layers import Linear, dropout, fan_in_normal
 from mtjax.types import Array, Context
 
@@ -131,6 +134,7 @@ class Bias(NamedTuple):
 
     visible: Array  # bool, broadcastable to [B, H, L, S]
     relative: Array | None = None  # float32, broadcastable too; [1, H, L, S] in training
+    by_token: TokenBias | None = None  # the same for kernels that hold no [L, S]; None for single positions
 
     def __call__(self, logits_BHLS: Array) -> Array:
         """Add the bias to float32 logits."""
@@ -139,12 +143,32 @@ class Bias(NamedTuple):
         return jnp.where(self.visible, logits_BHLS, MASKED)
 
     def with_tables_of(self, owner: Any, length: int) -> Bias:
-        """Add the relative biases of a stack or a layer that has a table."""
-        return self._replace(relative=owner.relpos_bias(length, length)[None])
+        """Add the relative bias of a stack or a layer that has a table."""
+        table: RelativePositionBias = owner.relpos_bias
+        by_token = self.by_token
+        if by_token is not None:
+            by_token = dataclasses.replace(by_token, by_distance_HX=table.by_distance(1 - length, length + 1))
+        return self._replace(relative=table(length, length)[None], by_token=by_token)
 
-    def mix(self, query_BHLK: Array, key_BHSK: Array, value_BHSK: Array) -> Array:
-        """Return the values mixed by softmax(query @ key + bias), [B, H, L, K]."""
-        return mix_values(query_BHLK, key_BHSK, value_BHSK, self)
+    def mix(
+        self, query_BHLK: Array, key_BHSK: Array, value_BHSK: Array, *, implementation: str = "xla"
+    ) -> Array:
+        """Return softmax(query @ key + bias) @ value, [B, H, L, K], by one of fast_attention.IMPLEMENTATIONS.
+
+        Single positions (decoding) always take the reference, mix_values. What a query that sees no key gets
+        differs. Raises ValueError for an implementation that cannot run here.
+        """
+        if self.by_token is None:
+            return mix_values(query_BHLK, key_BHSK, value_BHSK, self)
+        has_relative = self.relative is not None
+        chosen = fast_attention.choose(implementation, query_BHLK, key_BHSK, has_relative_bias=has_relative)
+        if chosen == "pallas":
+            return fast_attention.pallas(query_BHLK, key_BHSK, value_BHSK, self.by_token)
+        if chosen == "cudnn":
+            return fast_attention.cudnn(
+                query_BHLK, key_BHSK, value_BHSK, visible=self.visible, relative=self.relative
+            )
+        return mix_values(query_BHLK, key_BHSK, value_BHSK, self._replace(by_token=None))
 
 
 class Mixer(Protocol):
@@ -154,9 +178,36 @@ class Mixer(Protocol):
         """Add the relative biases of a stack or a layer that has tables."""
         ...
 
-    def mix(self, query_BHLK: Array, key_BHSK: Array, value_BHSK: Array, /) -> Array:
-        """Return the mixed values [B, H, L, K]."""
+    def mix(self, query_BHLK: Array, key_BHSK: Array, value_BHSK: Array, /, *, implementation: str) -> Array:
+        """Return the mixed values [B, H, L, K], by one of fast_attention.IMPLEMENTATIONS."""
         ...
+
+
+def attention_bias(
+    *,
+    keys_BS: Array,
+    query_segments_BL: Array | None = None,
+    key_segments_BS: Array | None = None,
+    causal: bool = False,
+    prefix_BS: Array | None = None,
+) -> Bias:
+    """Return the bias of what attention_mask's arguments let queries see, without a relative one."""
+    visible = attention_mask(
+        keys_BS=keys_BS,
+        query_segments_BL=query_segments_BL,
+        key_segments_BS=key_segments_BS,
+        causal=causal,
+        prefix_BS=prefix_BS,
+    )
+    queries_BL, keys = None, jnp.int32(0)
+    if query_segments_BL is not None and key_segments_BS is not None:
+        queries_BL, keys = 2 * query_segments_BL, 2 * key_segments_BS
+    if prefix_BS is not None:
+        prefix_BS = (prefix_BS != 0).astype(jnp.int32)
+        queries_BL = prefix_BS if queries_BL is None else queries_BL + prefix_BS
+        keys = keys + prefix_BS
+    codes_BS = jnp.where(keys_BS != 0, keys, PADDING)
+    return Bias(visible, by_token=TokenBias(codes_BS, queries_BL, causal=causal))
 
 
 @jax.custom_vjp
@@ -226,6 +277,7 @@ class Attention(nnx.Module):
         *,
         num_kv_heads: int | None = None,
         dropout_rate: float,
+        implementation: str = "auto",
         key: Array,
     ) -> None:
         query_key, key_key, value_key, out_key = jax.random.split(key, 4)
@@ -237,6 +289,7 @@ class Attention(nnx.Module):
         self.head_dim = head_dim
         self.group = num_heads // kv_heads  # heads that share keys and values
         self.dropout_rate = dropout_rate
+        self.implementation = implementation
 
     def split_heads(self, x_BLZ: Array) -> Array:
         """Turn [B, L, H*K] into [B, H, L, K]."""
@@ -264,7 +317,8 @@ class Attention(nnx.Module):
         query_BHLK = sharding.constrain(self.split_heads(self.query(x_BLD, context)), "attention/query")
         # One mask for all queries, so that dropping weights is dropping values.
         value_BHSK = dropout(value_BHSK, self.dropout_rate, context=context, site=20, broadcast_dim=-1)
-        return self.project_out(bias.mix(query_BHLK, key_BHSK, value_BHSK), context)
+        mixed_BHLK = bias.mix(query_BHLK, key_BHSK, value_BHSK, implementation=self.implementation)
+        return self.project_out(mixed_BHLK, context)
 
     def __call__(
         self, x_BLD: Array, source_BSD: Array, bias: Mixer, context: Context, source_context: Context

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtjax import losses, tree
-from mtjax.models import functional
+from mtjax.models import fast_attention, functional
 from mtjax.models.attention import Attention, Bias, Mixer, RelativePositionBias
 from mtjax.models.layers import MlpBlock, dropout
 from mtjax.models.moe import MoeConfig, SparseMlp, choices_per_token
@@ -40,6 +40,8 @@ def check_config(config: Any) -> None:
         raise ValueError(f"dropout_rate must be in [0, 1), got {config.dropout_rate!r}.")
     if config.dtype not in DTYPES:
         raise tree.unknown_name("dtype", str(config.dtype), DTYPES)
+    if config.attention not in fast_attention.IMPLEMENTATIONS:
+        raise tree.unknown_name("attention", str(config.attention), fast_attention.IMPLEMENTATIONS)
     if config.remat_policy not in functional.REMAT_POLICIES:
         raise tree.unknown_name("remat policy", config.remat_policy, list(functional.REMAT_POLICIES))
     if config.moe is not None:
@@ -64,6 +66,7 @@ def attention_block(config: Any, key: Array, *, num_kv_heads: int | None = None)
         config.head_dim,
         num_kv_heads=num_kv_heads,
         dropout_rate=config.dropout_rate,
+        implementation=config.attention,
         key=key,
     )
 

@@ -18,7 +18,7 @@ from flax import nnx
 
 from mtjax import sharding
 from mtjax.models import functional
-from mtjax.models.attention import Bias, attention_mask
+from mtjax.models.attention import Bias, attention_bias
 from mtjax.models.blocks import (
     MakeMlp,
     attention_block,
@@ -34,6 +34,7 @@ from mtjax.models.blocks import (
     residual_dropout,
     sparse_products,
     take_rows,
+    with_bias_of,
     with_step_bias_of,
 )
 from mtjax.models.layers import Embed, Linear, RMSNorm, dropout, fan_in_truncated
@@ -60,6 +61,7 @@ class DecoderOnlyConfig:
     relative_attention_max_distance: int = 128
     decoder_kv_heads: int | None = None  # grouped queries (arXiv:2305.13245); None: each head its own keys
     scan_layers: bool = False
+    attention: str = "auto"  # or 'xla', 'cudnn' (GPU), 'pallas' (TPU): models/fast_attention.py
     remat_policy: str = "none"
     moe: MoeConfig | None = None
 
@@ -155,10 +157,6 @@ class Decoder(nnx.Module):
         if not config.logits_via_embedding:
             self.logits_dense = Linear(fan_in_truncated(logits_key, (config.emb_dim, config.vocab_size)))
 
-    def bias(self, mask: Array) -> Bias:
-        """Return the attention bias of whole sequences."""
-        return Bias(mask, self.relpos_bias(*mask.shape[-2:])[None])
-
 
 class DecoderOnly(nnx.Module):
     """The language model; see functional.functional for what its methods become."""
@@ -172,14 +170,14 @@ class DecoderOnly(nnx.Module):
         config, decoder = self.config, self.decoder
         context = batch_context(batch, "decoder", key=key, whole=whole)
         bidirectional = config.inputs_bidirectional_attention
-        mask = attention_mask(
+        bias = attention_bias(
             keys_BS=batch["decoder_target_tokens"] > 0,
             query_segments_BL=context.segment_ids,
             key_segments_BS=context.segment_ids,
             causal=True,
             prefix_BS=batch.get("decoder_causal_attention") if bidirectional else None,
         )
-        bias = decoder.bias(mask)
+        bias = with_bias_of(decoder, bias, batch["decoder_input_tokens"].shape[1])
         x_BLD = decoder.token_embedder(batch["decoder_input_tokens"], config.dtype)
         x_BLD = dropout(x_BLD, config.dropout_rate, context=context, site=1000, broadcast_dim=-2)
         x_BLD, aux = functional.run_layers(
@@ -214,12 +212,12 @@ class DecoderOnly(nnx.Module):
         decoder, tokens_BP = self.decoder, batch["decoder_input_tokens"]
         prefix_BP = batch["decoder_causal_attention"] != 0
         context = batch_context(batch, "decoder", key=None, mask_BL=prefix_BP)
-        mask = attention_mask(
+        bias = attention_bias(
             keys_BS=prefix_BP,
             causal=True,
             prefix_BS=prefix_BP if self.config.inputs_bidirectional_attention else None,
         )
-        bias = decoder.bias(mask)
+        bias = with_bias_of(decoder, bias, tokens_BP.shape[1])
         _, layers = functional.decode_layers(
             decoder,
             lambda layer, x, _: layer.prefill(x, bias, context),

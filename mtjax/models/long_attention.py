@@ -93,8 +93,11 @@ class BlockBias(NamedTuple):
         relative = jnp.broadcast_to(relative, (rows, *relative.shape[1:]))
         return self._replace(relative=jnp.concatenate([relative, of_globals], axis=-1))
 
-    def mix(self, query_BHSK: Array, key_BHZK: Array, value_BHZK: Array) -> Array:
-        """Return the values mixed by softmax(query @ key + bias), [B, H, S, K]."""
+    def mix(
+        self, query_BHSK: Array, key_BHZK: Array, value_BHZK: Array, *, implementation: str = "xla"
+    ) -> Array:
+        """Return the values mixed by softmax(query @ key + bias), [B, H, S, K]; only 'xla' has blocks."""
+        assert implementation in ("auto", "xla"), implementation
         batch, heads, length, head_dim = query_BHSK.shape
         width = self.visible.shape[-2]
         query = jnp.moveaxis(_blocks(query_BHSK, width, dim=2), 1, 2)  # [B, N, H, W, K]

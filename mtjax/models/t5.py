@@ -17,7 +17,7 @@ from flax import nnx
 
 from mtjax import sharding, tree
 from mtjax.models import functional
-from mtjax.models.attention import Bias, Mixer, attention_mask
+from mtjax.models.attention import Bias, Mixer, attention_bias, attention_mask
 from mtjax.models.blocks import (
     MakeMlp,
     attention_block,
@@ -67,6 +67,7 @@ class T5Config:
     local_radius: int = 127  # of local attention: tokens seen to either side
     global_block_size: int = 16  # of transient global attention: tokens summed into one
     scan_layers: bool = False
+    attention: str = "auto"  # or 'xla', 'cudnn' (GPU), 'pallas' (TPU): models/fast_attention.py
     remat_policy: str = "none"
     moe: MoeConfig | None = None
 
@@ -74,6 +75,11 @@ class T5Config:
         check_config(self)
         if self.encoder_attention not in ENCODER_ATTENTION:
             raise tree.unknown_name("encoder_attention", str(self.encoder_attention), ENCODER_ATTENTION)
+        if self.encoder_attention != "full" and self.attention not in ("auto", "xla"):
+            raise ValueError(
+                f"attention={self.attention!r} has no encoder_attention={self.encoder_attention!r}; use 'auto', "
+                "which takes the reference there and a fast one in the decoder where it can, or 'xla'."
+            )
 
     @property
     def num_layers_by_side(self) -> tuple[tuple[str, int], ...]:
@@ -220,9 +226,7 @@ def encoder_bias(config: T5Config, keys_BS: Array, context: Context) -> Mixer:
     """Return what the encoder's tokens see of each other, as its kind of attention has it."""
     if config.encoder_attention == "full":
         segments_BS = context.segment_ids
-        return Bias(
-            attention_mask(keys_BS=keys_BS, query_segments_BL=segments_BS, key_segments_BS=segments_BS)
-        )
+        return attention_bias(keys_BS=keys_BS, query_segments_BL=segments_BS, key_segments_BS=segments_BS)
     has_globals = config.encoder_attention == "transient_global"
     return block_bias(
         keys_BS,
@@ -291,17 +295,17 @@ class Decoder(nnx.Module):
         self,
         x_BLD: Array,
         encoded_BSD: Array,
-        masks: tuple[Array, Array],
+        biases: tuple[Bias, Bias],
         contexts: tuple[Context, Context],
     ) -> tuple[Array, Aux]:
-        """Decode embeddings of whole targets; masks and contexts: own, encoder's."""
+        """Decode embeddings of whole targets; biases and contexts: own, encoder's."""
         config, length = self.config, x_BLD.shape[1]
         context, source_context = contexts
-        biases = (with_bias_of(self, Bias(masks[0]), length), Bias(masks[1]))
+        with_tables = (with_bias_of(self, biases[0], length), biases[1])
         x_BLD = dropout(x_BLD, config.dropout_rate, context=context, site=1000, broadcast_dim=-2)
         x_BLD, aux = functional.run_layers(
             self,
-            lambda layer, x, layer_context: layer(x, encoded_BSD, biases, (layer_context, source_context)),
+            lambda layer, x, own_context: layer(x, encoded_BSD, with_tables, (own_context, source_context)),
             x_BLD,
             context,
             num_layers=config.num_decoder_layers,
@@ -330,20 +334,20 @@ class T5(nnx.Module):
             batch["encoder_input_tokens"], batch["decoder_input_tokens"], self.config.dtype
         )
         encoded_BSD, encoder_aux = self._encode(source_BSD, batch, source_context)
-        masks = (
-            attention_mask(
+        biases = (
+            attention_bias(
                 keys_BS=batch["decoder_target_tokens"] > 0,
                 query_segments_BL=context.segment_ids,
                 key_segments_BS=context.segment_ids,
                 causal=True,
             ),
-            attention_mask(
+            attention_bias(
                 keys_BS=batch["encoder_input_tokens"] > 0,
                 query_segments_BL=context.segment_ids,
                 key_segments_BS=source_context.segment_ids,
             ),
         )
-        hidden_BLD, decoder_aux = self.decoder(x_BLD, encoded_BSD, masks, (context, source_context))
+        hidden_BLD, decoder_aux = self.decoder(x_BLD, encoded_BSD, biases, (context, source_context))
         return Features(hidden_BLD, *functional.add_aux(encoder_aux, decoder_aux))
 
     def logits(self, hidden_BLD: Array) -> Array:
