@@ -109,10 +109,16 @@ class Opened(NamedTuple):
     tasks: list[Any]
     nodes: list[Any]
     texts: dict[str, str]  # resolved recipes, by run name
+    arguments: dict[str, Any]  # of train.fit, by run name
     costs: dict[str, Any]
     fingerprints: dict[str, str]
     directory: Path
     base: dict[str, Any]  # arguments of train.fit without overrides
+
+    @property
+    def is_cached(self) -> bool:
+        """Tell whether the data is there, so that the runs' ids are final."""
+        return bool(self.fingerprints)
 
     @property
     def folder(self) -> Path:
@@ -123,6 +129,7 @@ class Opened(NamedTuple):
 def open_study(args: argparse.Namespace) -> Opened:
     """Plan the study over its cached mixture, and resolve every run's recipe.
 
+    Only `plan` can do with a mixture that is not cached yet: then its registered tasks are planned with.
     Raises ValueError for whatever cannot run: names, overrides, targets, subsets.
     """
     from mtjax import studies, train
@@ -138,14 +145,20 @@ def open_study(args: argparse.Namespace) -> Opened:
         )
     study = studies.study(**config.arguments(studies.study))
     base = config.arguments(train.fit)
-    mixture = cache.open_mixture(base["data"].cache_dirs, base["data"].mixture)
-    tasks = [
-        runs_lib.Task(task.name, task.family, task.num_examples("train"), tuple(task.splits))
-        for task in mixture.tasks
-    ]
+    data = base["data"]
+    is_cached = data.mixture in [*cache.mixture_names(data.cache_dirs), *cache.task_names(data.cache_dirs)]
+    if is_cached or args.action != "plan":
+        cached = cache.open_mixture(data.cache_dirs, data.mixture).tasks
+        tasks = [
+            runs_lib.Task(task.name, task.family, task.num_examples("train"), tuple(task.splits))
+            for task in cached
+        ]
+        fingerprints = {task.name: task.fingerprint for task in cached}
+    else:
+        tasks, fingerprints = _registered_tasks(args, config), {}
     runs = study.plan.runs(tasks)
     runs_lib.check(runs, tasks)
-    texts, recipes, counted = {}, {}, {}
+    texts, recipes, arguments = {}, {}, {}
     for planned in runs:
         with _of_run(planned.name):
             resolved = configure(args, overrides=_bindings(planned, start="START"))
@@ -153,13 +166,34 @@ def open_study(args: argparse.Namespace) -> Opened:
             recipes[planned.name] = _identity(
                 config_lib.statements(resolved.text), has_start=planned.start is not None
             )
-            counted[planned.name] = costs.cost(resolved.arguments(train.fit))
-    fingerprints = {task.name: task.fingerprint for task in mixture.tasks}
+            arguments[planned.name] = resolved.arguments(train.fit)
+    counted = {name: costs.cost(given) for name, given in arguments.items()}
     ids = runs_lib.ids(runs, recipes, fingerprint.fingerprint(fingerprints))
     directory = Path(args.study_dir).absolute()
     return Opened(
-        study, tasks, work.nodes(directory, runs, ids), texts, counted, fingerprints, directory, base
+        study=study,
+        tasks=tasks,
+        nodes=work.nodes(directory, runs, ids),
+        texts=texts,
+        arguments=arguments,
+        costs=counted,
+        fingerprints=fingerprints,
+        directory=directory,
+        base=base,
     )
+
+
+def _registered_tasks(args: argparse.Namespace, config: Any) -> list[Any]:
+    """Describe a mixture's tasks before it is cached: their sizes, and with them rates, are not known yet."""
+    from mtjax.launch import prepare, registry
+    from mtjax.studies import runs as runs_lib
+    from mtjax.tasks.info import info
+
+    asked = config.arguments(prepare.mixture)
+    module = asked.get("module")
+    flags.import_tasks(args, [module] if isinstance(module, str) else module or ())
+    tasks = registry.tasks_of(registry.lookup(asked["name"]))
+    return [runs_lib.Task(task.name, info(task.name).family, 1) for task in tasks]
 
 
 def configure(args: argparse.Namespace, *, overrides: Sequence[str] = ()) -> Any:
@@ -198,7 +232,7 @@ def _of_run(name: str) -> Iterator[None]:
         raise ValueError(f"Run {name!r}: {error}") from error
 
 
-def check_recipes(opened: Opened, args: argparse.Namespace) -> dict[str, int]:
+def check_recipes(opened: Opened) -> dict[str, int]:
     """Build every distinct program abstractly; return the parameters by run name.
 
     Raises ValueError, naming the run, for what could not train. Rates are asked for every run.
@@ -218,19 +252,13 @@ def check_recipes(opened: Opened, args: argparse.Namespace) -> dict[str, int]:
         with _of_run(node.run.name):
             statements = config_lib.statements(opened.texts[node.run.name])
             key = json.dumps({name: value for name, value in statements.items() if name not in same})
-            arguments = _arguments(args, node.run)
+            arguments = opened.arguments[node.run.name]
             if arguments["data"].rates is not None:
                 arguments["data"].rates.init(sizes, names)
             if key not in built:
-                built[key] = execute.check_recipe(arguments, tasks=table)
+                built[key] = execute.check_recipe(arguments, tasks=None if opened.is_cached else table)
             found[node.run.name] = built[key]
     return found
-
-
-def _arguments(args: argparse.Namespace, planned: Any) -> dict[str, Any]:
-    from mtjax import train
-
-    return configure(args, overrides=_bindings(planned, start="START")).arguments(train.fit)
 
 
 # plan ------------------------------------------------------------------------------------------------------
@@ -242,10 +270,12 @@ def _plan(args: argparse.Namespace) -> int:
 
     device = args.device and costs.device(args.device, chips=args.chips, utilisation=args.utilisation)
     opened = open_study(args)
-    parameters = check_recipes(opened, args)
+    if not opened.is_cached:
+        print("The mixture is not cached yet: its tasks are those registered, ids and sizes are not known.")
+    parameters = check_recipes(opened)
     screen.console().print(_plan_table(opened, parameters, device))
     _print_totals(opened, device)
-    findings = check_guards(opened, args)
+    findings = check_guards(opened)
     rows = guards.as_rows(findings)
     screen.console().print(screen.table("guards", ("guard", "what was checked or found", ""), rows))
     guards.refuse(findings)
@@ -263,7 +293,7 @@ def _plan_table(opened: Opened, parameters: Mapping[str, int], device: Any) -> A
         rows.append(
             (
                 node.run.name,
-                node.id + again,
+                node.id + again if opened.is_cached else "",
                 node.run.start or "",
                 parameters[node.run.name],
                 cost.steps,
@@ -299,25 +329,31 @@ def _print_totals(opened: Opened, device: Any) -> None:
         )
 
 
-def check_guards(opened: Opened, args: argparse.Namespace) -> list[Any]:
+def check_guards(opened: Opened) -> list[Any]:
     """Return what the study's guards checked and found."""
     from mtjax.data import cache
     from mtjax.launch import screen
+    from mtjax.mixing import rates as mixing_rates
     from mtjax.studies import guards
 
     runs = [node.run for node in opened.nodes]
     data = opened.base["data"]
-    mixture = cache.open_mixture(data.cache_dirs, data.mixture)
+    mixture = cache.open_mixture(data.cache_dirs, data.mixture) if opened.is_cached else None
     names, sizes = [task.name for task in opened.tasks], [float(task.num_examples) for task in opened.tasks]
     drawn = {}
     for planned in runs:
-        arguments = _arguments(args, planned)
-        rates = arguments["data"].rates or mixture.rates
+        arguments = opened.arguments[planned.name]
+        rates = arguments["data"].rates or (mixture and mixture.rates) or mixing_rates.equal()
         drawn[planned.name] = guards.drawn_tasks(rates, sizes, names, arguments["train_steps"])
     findings = [
         *guards.unreported(runs, opened.study.guards),
         *guards.trained_targets(runs, drawn, opened.study.guards),
     ]
+    if mixture is None:
+        return [
+            *findings,
+            guards.Finding("n-gram overlap", "not checked yet: the mixture is not cached", False),
+        ]
     if any(finding.refused for finding in findings):  # n-grams of all texts take minutes
         return findings
     with screen.status("n-gram overlap") as tell:
@@ -391,8 +427,8 @@ def _settle(opened: Opened, args: argparse.Namespace) -> dict[str, Any]:
     text = Path(config_lib.find(args.study)).read_text("utf-8")
     new = manifest.build(study=opened.study.name, recipe=text, runs=runs, data=opened.fingerprints)
     if old is None or manifest.ids(old) != manifest.ids(new):
-        check_recipes(opened, args)
-        findings = check_guards(opened, args)
+        check_recipes(opened)
+        findings = check_guards(opened)
         guards.refuse(findings)
         new["guards"] = guards.as_rows(findings)
     return manifest.settle(opened.directory, new, update=args.update, any_environment=args.any_environment)

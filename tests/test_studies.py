@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import small_cache
 
 from mtjax import checkpoint
+from mtjax.launch import main
 
 RECIPE = """
 # A study of five small tasks.
@@ -147,3 +149,58 @@ def test_finished_study_is_done_at_once(world, straight):
     assert "4 of 4 runs done" in done.stdout
     assert "starts" not in done.stdout
     assert sorted((world / "straight").rglob("*")) == before
+
+
+def plan(world, capsys, *more, recipe="tiny.gin", action="plan", study_dir="planned"):
+    """Run an action in this process; return its exit code and what it printed."""
+    code = main.main(command(world, action, *more, recipe=recipe, study_dir=study_dir)[3:])
+    return code, capsys.readouterr()
+
+
+def test_plan_names_every_run_and_its_cost(world, capsys):
+    code, said = plan(world, capsys, "--device=tpu-v5e", "--chips=4")
+    assert code == 0
+    assert re.search(r"tasks=2/subset=0/seed=0/fine_tuned .* tasks=2/subset=0/seed=0 ", said.out)
+    assert "4 distinct runs, 8,640 positions" in said.out  # 2 x (24 + 6) steps x 4 rows x (24 + 12)
+    assert "On 4 x tpu-v5e at 40% of the peak" in said.out
+    assert "n-gram overlap" in said.out
+    assert not (world / "planned").exists()  # planning writes nothing of a study
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--gin.studies.scaling.targets=['goal_3']"], "Unknown target 'goal_3'. Did you mean 'goal_"),
+        (["--gin.studies.scaling.counts=[0, 9]"], "A subset of 9 tasks cannot be drawn: 3 tasks are left"),
+        (["--gin.t5.T5Config.vocab_size=128"], "Run 'tasks=0/seed=0': The model has vocab_size=128"),
+        (["--gin.MESH={'data': 3}"], "Run 'tasks=0/seed=0': "),
+        (
+            ["--gin.studies.scaling.fine_tune={'TRIAN_STEPS': 2}"],
+            "nothing uses TRIAN_STEPS. Did you mean TRAIN_STEPS",
+        ),
+        (["--gin.studies.study.unreported=['goal_*']"], "goal_1 is marked by ['goal_*']"),
+        (["--device=tpu-v55"], "Unknown device 'tpu-v55'. Did you mean 'tpu-v5"),
+    ],
+)
+def test_what_cannot_run_is_found_when_planning(world, capsys, more, message):
+    code, said = plan(world, capsys, *more)
+    assert code == 2
+    assert message in said.err
+    assert not (world / "planned").exists()
+
+
+def test_another_study_of_the_name_is_refused(world, capsys, straight):
+    code, said = plan(world, capsys, "--gin.TRAIN_STEPS=23", action="run", study_dir="straight")
+    assert code == 2
+    assert "holds another study named 'tiny': 4 runs have another recipe" in said.err
+    assert results(world / "straight") == straight
+
+
+def test_status_and_report_of_a_finished_study(world, capsys, straight):
+    code, said = plan(world, capsys, action="status", study_dir="straight")
+    assert code == 0 and "tiny: 4 done" in said.out
+    code, said = plan(world, capsys, action="report", study_dir="straight")
+    assert code == 0
+    curves = (world / "straight" / "tiny" / "report" / "curves.csv").read_text()
+    assert "bits per byte,goal,2,," in curves
+    assert "no interval" in (world / "straight" / "tiny" / "report" / "differences.csv").read_text()

@@ -114,8 +114,11 @@ def log_lines(model_dir: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
-def check_recipe(arguments: Mapping[str, Any], *, tasks: train_lib.TaskTable) -> int:
-    """Build a run's program abstractly; return its parameters. Raises ValueError for what cannot train."""
+def check_recipe(arguments: Mapping[str, Any], *, tasks: train_lib.TaskTable | None) -> int:
+    """Build a run's program abstractly; return its parameters. tasks: None for those of its cached mixture.
+
+    Raises ValueError for what cannot train.
+    """
     import jax
 
     built = train_lib.prepare(**train_lib.program_arguments(arguments), tasks=tasks)
