@@ -32,7 +32,7 @@ def greedy(model: Model, params: Params, batch: Batch, *, max_length: int, eos_i
         model,
         params,
         batch,
-        choose=lambda logits_BV, step: jnp.argmax(logits_BV, -1),
+        choose=lambda logits_BV, step: likeliest(logits_BV, 1)[1][:, 0],
         max_length=max_length,
         eos_id=eos_id,
     )
@@ -87,6 +87,25 @@ def cut(logits_BV: Array, *, top_k: int = 0, top_p: float = 0.0) -> Array:
     return logits_BV
 
 
+def likeliest(logits_BV: Array, count: int, *, block: int = 128) -> tuple[Array, Array]:
+    """Return the `count` largest logits of each row and their tokens, as jax.lax.top_k does.
+
+    Of a large vocabulary only the `count` blocks with the largest maxima are searched: they hold all of them.
+    On a CPU that takes half the time of a search of everything.
+    """
+    rows, vocab_size = logits_BV.shape
+    if vocab_size < 4 * count * block or jax.default_backend() != "cpu":
+        return jax.lax.top_k(logits_BV, count)
+    padding = ((0, 0), (0, -vocab_size % block))
+    blocks_BXY = jnp.pad(logits_BV, padding, constant_values=-jnp.inf).reshape(rows, -1, block)
+    chosen_BX = jnp.sort(
+        jax.lax.top_k(blocks_BXY.max(-1), count)[1], axis=-1
+    )  # the first of equals stays first
+    found_BZ = jnp.take_along_axis(blocks_BXY, chosen_BX[..., None], axis=1).reshape(rows, -1)
+    values_BM, places_BM = jax.lax.top_k(found_BZ, count)
+    return values_BM, jnp.take_along_axis(chosen_BX, places_BM // block, axis=1) * block + places_BM % block
+
+
 def _token_by_token(
     model: Model,
     params: Params,
@@ -113,7 +132,8 @@ def _token_by_token(
     def advance(state: dict) -> dict:
         logits_BV, cache = model.decode(params, state["cache"], state["fed_B"])
         chosen_B = choose(logits_BV, state["step"]).astype(jnp.int32)
-        logprob_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BV), chosen_B[:, None], axis=-1)[:, 0]
+        logit_B = jnp.take_along_axis(logits_BV, chosen_B[:, None], axis=-1)[:, 0]
+        logprob_B = logit_B - jax.nn.logsumexp(logits_BV, axis=-1)
         chosen_B = jnp.where(state["ended_B"], 0, chosen_B)
         return {
             "step": state["step"] + 1,
@@ -198,6 +218,20 @@ class Beams(NamedTuple):
         return Beams(jnp.take_along_axis(self.tokens_BNL, chosen_BN[..., None], axis=1), scores_BN), chosen_BN
 
 
+def _continuations(logits: Array, live_BN: Array, *, count: int) -> tuple[Array, Array, Array]:
+    """Return the `count` best continuations of each row's beams: log-probability, beam and token, [B, count].
+
+    logits [B * N, V]; live_BN: log-probabilities of the beams.
+    """
+    rows, num_beams = live_BN.shape
+    values, tokens = likeliest(logits, min(count, logits.shape[-1]))
+    logprobs = values - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    scores = logprobs.reshape(rows, num_beams, -1) + live_BN[..., None]
+    scores_BM, flat_BM = jax.lax.top_k(scores.reshape(rows, -1), count)
+    token_BM = jnp.take_along_axis(tokens.reshape(rows, -1), flat_BM, axis=1)
+    return scores_BM, flat_BM // values.shape[-1], token_BM.astype(jnp.int32)
+
+
 def beam_search(
     model: Model,
     params: Params,
@@ -239,11 +273,8 @@ def beam_search(
         step, live = state["step"], state["live"]
         length = (step + 1).astype(jnp.float32)
         logits, cache = model.decode(params, state["cache"], state["fed_B"])
-        logprobs_BNV = jax.nn.log_softmax(logits).reshape(rows, num_beams, -1) + live.scores_BN[..., None]
         # 1. Of all continuations, 2 * num_beams suffice: at most num_beams of them end.
-        vocab_size = logprobs_BNV.shape[-1]
-        scores_BM, flat_BM = jax.lax.top_k(logprobs_BNV.reshape(rows, -1), 2 * num_beams)
-        beam_BM, token_BM = flat_BM // vocab_size, (flat_BM % vocab_size).astype(jnp.int32)
+        scores_BM, beam_BM, token_BM = _continuations(logits, live.scores_BN, count=2 * num_beams)
         tokens_BML = jnp.take_along_axis(live.tokens_BNL, beam_BM[..., None], axis=1)
         tokens_BML = tokens_BML.at[:, :, step].set(token_BM)
         ended_BM = token_BM == eos_id

@@ -66,13 +66,46 @@ def their_logits(model, inputs, targets):
 
 def ours(weights, inputs, targets):
     model = t5.t5(weights.config)
-    params = jax.tree.map(jnp.asarray, tree.unflatten(weights.leaves))
+    params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x)), tree.unflatten(weights.leaves))
     features = {
         "encoder_input_tokens": jnp.asarray(inputs, jnp.int32),
         "decoder_input_tokens": jnp.asarray(targets, jnp.int32),
         "decoder_target_tokens": jnp.ones(targets.shape, jnp.int32),
     }
     return model, params, features
+
+
+def check_beams(theirs, model, params, features):
+    """Compare four beams by each rule of generate()."""
+    inputs = torch.tensor(np.asarray(features["encoder_input_tokens"]))
+    for early_stopping, alpha in [(False, 1.0), (True, 2.0), ("never", 0.6)]:
+        with torch.no_grad():
+            wanted = theirs.generate(
+                inputs,
+                max_new_tokens=8,
+                num_beams=4,
+                num_return_sequences=4,
+                do_sample=False,
+                early_stopping=early_stopping,
+                length_penalty=alpha,
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
+        with jax.default_matmul_precision("highest"):
+            found = decode.beam_search(
+                model,
+                params,
+                features,
+                max_length=8,
+                normaliser=decode.huggingface_length(alpha),
+                stopping=decode.huggingface_stopping(early_stopping, alpha=alpha),
+            )
+        tokens = wanted.sequences.numpy()[:, 1:].reshape(len(inputs), 4, -1)
+        has_ended = np.cumsum(tokens == 1, axis=-1) - (tokens == 1) > 0
+        tokens = np.where(has_ended, 0, tokens)  # transformers fills up with EOS where padding is 0
+        np.testing.assert_array_equal(found.tokens[..., : tokens.shape[-1]], tokens)
+        scores = wanted.sequences_scores.numpy().reshape(len(inputs), 4)
+        np.testing.assert_allclose(found.scores, scores, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -91,6 +124,7 @@ def test_both_directions_give_the_same_outputs(name, tmp_path):
     with torch.no_grad():
         generated = theirs.generate(torch.tensor(inputs), max_new_tokens=8, do_sample=False).numpy()[:, 1:]
     np.testing.assert_array_equal(greedy.tokens[:, : generated.shape[1]], generated)
+    check_beams(theirs, model, params, features)
 
     convert.write_model_directory(weights, tmp_path / "ours")
     again = tmp_path / "again"

@@ -259,6 +259,18 @@ def test_task_ids_reach_the_decoded_positions(batch):
     assert step_of(T5)(params, cache, jnp.zeros(6, jnp.int32))[0].shape == (6, 12)
 
 
+@pytest.mark.parametrize("vocab_size", [1100, 1024])
+def test_the_likeliest_of_blocks_are_the_likeliest_of_all(vocab_size):
+    logits_BV = np.random.default_rng(0).integers(0, 30, (5, vocab_size)).astype(np.float32)  # many equals
+    logits_BV[0] = -np.inf
+    logits_BV[0, 7] = -1e9
+    for found, wanted in zip(
+        decode.likeliest(logits_BV, 8, block=16), jax.lax.top_k(logits_BV, 8), strict=True
+    ):
+        np.testing.assert_array_equal(found[1:], wanted[1:])
+    assert decode.likeliest(logits_BV, 1, block=16)[1][0, 0] == 7
+
+
 def test_wrong_arguments_are_errors(batch):
     model, params = build(T5)
     for wrong in ({"temperature": 0.0}, {"top_k": -1}, {"top_p": 1.5}):
