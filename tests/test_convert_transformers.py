@@ -118,13 +118,15 @@ def test_both_directions_give_the_same_outputs(name, tmp_path):
         logits_BLV = np.asarray(model.apply(params, features).logits_BLV)
         greedy = decode.greedy(model, params, features, max_length=8)
     wanted_BLV = their_logits(theirs, inputs, targets)
-    if name.startswith("umt5") and int(transformers.__version__.split(".")[0]) >= 5:
+    is_misscaled = name.startswith("umt5") and int(transformers.__version__.split(".")[0]) >= 5
+    if is_misscaled:
         wanted_BLV = wanted_BLV * SIZES["d_model"] ** 0.5  # its version 5 scales them by mistake
     np.testing.assert_allclose(logits_BLV, wanted_BLV, atol=1e-4, rtol=1e-5)
     with torch.no_grad():
         generated = theirs.generate(torch.tensor(inputs), max_new_tokens=8, do_sample=False).numpy()[:, 1:]
     np.testing.assert_array_equal(greedy.tokens[:, : generated.shape[1]], generated)
-    check_beams(theirs, model, params, features)
+    if not is_misscaled:  # greedy tokens do not change with the scale, beams do
+        check_beams(theirs, model, params, features)
 
     convert.write_model_directory(weights, tmp_path / "ours")
     again = tmp_path / "again"
