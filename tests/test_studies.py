@@ -96,7 +96,7 @@ def command(world, action, *more, study_dir="study", recipe="tiny.gin"):
 
 
 def do(*arguments, check=True, **options):
-    done = subprocess.run(command(*arguments, **options), capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command(*arguments, **options), capture_output=True, text=True, timeout=900)
     if check and done.returncode:
         pytest.fail(f"{arguments} exited {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
     return done
@@ -108,7 +108,7 @@ def results(folder: pathlib.Path) -> dict:
     return {content["name"]: content["results"] for content in found}
 
 
-def wait_for(condition, what, *, timeout=300):
+def wait_for(condition, what, *, timeout=600):
     end = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < end, f"waited in vain for {what}"
@@ -135,7 +135,7 @@ def test_interrupted_workers_end_with_the_same_results(world, straight):
     wait_for(lambda: unfinished(folder), "a checkpoint")
     victim = unfinished(folder)[0]
     os.kill(victim, signal.SIGKILL)
-    output = parent.communicate(timeout=400)[0]
+    output = parent.communicate(timeout=900)[0]
     assert parent.returncode == 0, output
     assert f"Worker {victim} was killed by SIGKILL" in output
     assert "goes on from step" in output
