@@ -19,6 +19,7 @@ COMMANDS = {
     "convert": "convert Hugging Face and T5X checkpoints to ours and back",
     "inspect": "show what a checkpoint holds, or how two differ",
     "study": "plan, run, watch and report many runs as one experiment",
+    "compile": "compile a recipe for a TPU slice that is not here: memory, FLOPs, collectives, estimated speed",
     "bench": "measure time to first step, speed and memory",
 }
 

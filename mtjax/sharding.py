@@ -46,6 +46,8 @@ PARAMETER_RULES: Rules = (
 """T5's parameters: matrices over 'fsdp' along the model width and over 'model' along the other dim."""
 
 ACTIVATION_RULES: Rules = (
+    # Looked up with the width cut as the table's, then exchanged for rows: gathering either is dearer.
+    (r"embedding/lookup", P(("slice", "data"), "sequence", ("fsdp", "expert"))),  # [B, L, D]
     (r"residual", P(ROW_AXES, "sequence")),  # [B, L, D]
     (r"attention/query", P(ROW_AXES, "model", "sequence")),  # [B, H, L, K]
     (r"attention/(key|value)", P(ROW_AXES, "model")),  # [B, H, S, K]: a query sees keys of the whole row
@@ -118,24 +120,25 @@ def make_mesh(shape: Mapping[str, int] | None = None, *, devices: Sequence[Any] 
     return mesh
 
 
-def _position(device: Any) -> tuple[int, ...]:
-    """Return a TPU core's place in its slice: chip coordinates, then core on chip."""
-    return (*device.coords, device.core_on_chip)
+def physical_positions(mesh: Mesh) -> tuple[np.ndarray, np.ndarray]:
+    """Return where a mesh's TPU devices lie in their slice, [*mesh, D], and the slice's sizes [D].
+
+    The last of the D physical dims is the core on a chip.
+    """
+    places = np.array([(*device.coords, device.core_on_chip) for device in mesh.devices.flat])
+    return places.reshape(*mesh.devices.shape, -1), 1 + places.max(axis=0)
 
 
 def _torus(mesh: Mesh) -> str:
     """Describe the physical axes of a TPU slice, as in '4 x 4'."""
-    sizes = 1 + np.max([_position(device) for device in mesh.devices.flat], axis=0)
-    return " x ".join(str(size) for size in sizes if size > 1)
+    return " x ".join(str(size) for size in physical_positions(mesh)[1] if size > 1)
 
 
 def split_axes(mesh: Mesh) -> list[str]:
     """List the mesh axes that take only a part of a TPU slice's physical axis; none on other platforms."""
     if not hasattr(mesh.devices.flat[0], "coords"):
         return []
-    positions = np.array([_position(device) for device in mesh.devices.flat])
-    sizes = 1 + positions.max(axis=0)
-    positions = positions.reshape(*mesh.devices.shape, -1)
+    positions, sizes = physical_positions(mesh)
     split = []
     for dim, axis in enumerate(mesh.axis_names):
         if axis == "slice" or mesh.shape[axis] == 1:

@@ -93,7 +93,13 @@ def combine(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, An
 
 def dot(a: PyTree, b: PyTree) -> jax.Array:
     """Return the inner product over all leaves, accumulated in float32."""
-    products = jax.tree.map(lambda x, y: jnp.vdot(x.astype(jnp.float32), y.astype(jnp.float32)), a, b)
+
+    def product(x: jax.Array, y: jax.Array) -> jax.Array:
+        # Not jnp.vdot: it flattens, and to flatten what is cut over several axes is to gather it whole.
+        x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+        return jnp.tensordot(x, y, axes=x.ndim, precision=jax.lax.Precision.HIGHEST)
+
+    products = jax.tree.map(product, a, b)
     return functools.reduce(jnp.add, jax.tree.leaves(products), jnp.float32(0))
 
 

@@ -12,6 +12,8 @@ LEVELS = {
     "types": 0,
     "tree": 0,
     "lazy": 0,
+    "hardware": 1,
+    "hlo": 1,
     **dict.fromkeys(
         ("sharding", "losses", "metrics", "host_memory", "hosts", "optim", "checkpoint", "log"), 1
     ),
@@ -19,6 +21,7 @@ LEVELS = {
     **dict.fromkeys(
         (
             "program",
+            "aot",
             "monitor",
             "feedback",
             "health",

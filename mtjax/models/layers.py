@@ -146,7 +146,8 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens_BL: Array, dtype: str) -> Array:
         """Return the embeddings [B, L, D] of tokens in the given dtype."""
-        return sharding.constrain(self.embedding[...][tokens_BL].astype(dtype), "residual")
+        x_BLD = sharding.constrain(self.embedding[...][tokens_BL].astype(dtype), "embedding/lookup")
+        return sharding.constrain(x_BLD, "residual")
 
     def pair(self, first_BS: Array, second_BL: Array, dtype: str) -> tuple[Array, Array]:
         """Return the embeddings of two batches of tokens.
