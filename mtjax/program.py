@@ -196,6 +196,7 @@ def _denominator(config: loss_lib.LossConfig, total_tokens: Array) -> Array:
 def _whole(batch: Batch, num_tasks: int) -> Whole:
     sides = ("encoder", "decoder") if "encoder_input_tokens" in batch else ("decoder",)
     tokens = {side: loss_lib.non_padding(batch, side).sum(dtype=jnp.float32) for side in sides}
+    tokens["targets"] = batch["decoder_loss_weights"].sum(dtype=jnp.float32)
     return Whole(tokens, num_tasks)
 
 

@@ -43,7 +43,9 @@ class Context:
 class Whole(NamedTuple):
     """What a batch, perhaps a microbatch, is part of: the global batch, and the run."""
 
-    num_tokens: dict[str, Array]  # float32 scalars, non-padding tokens of 'encoder' and 'decoder'
+    num_tokens: dict[
+        str, Array
+    ]  # float32 scalars: of 'encoder' and 'decoder', non-padding; of 'targets', weighted
     num_tasks: int  # of the run
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 
 from mtjax import lazy, tree
-from mtjax.convert.weights import Weights, checked
+from mtjax.convert.weights import Weights, check_plain_decoder, checked
 from mtjax.data import vocabulary
 from mtjax.lazy import LazyArray, Leaf
 from mtjax.models import t5
@@ -385,6 +385,7 @@ def _their_config(weights: Weights) -> dict[str, Any]:
         raise ValueError(f"Hugging Face's T5 has no feed-forward block with {config.mlp_activations}.")
     if config.decoder_kv_heads not in (None, config.num_heads):
         raise ValueError("Hugging Face's T5 has no grouped queries (decoder_kv_heads).")
+    check_plain_decoder(config, "Hugging Face's T5")
     if config.relative_bias_per_layer and config.logits_via_embedding:
         raise ValueError("Hugging Face's UMT5 does not scale tied logits as ours are: not convertible.")
     kept = dict(origin["config"]) if origin.get("format") == "huggingface" else {}

@@ -71,7 +71,7 @@ def config_of(described: Mapping[str, Any], *, source: str) -> t5.T5Config:
         raise ValueError(f"{source!r} holds a mixture of experts; only dense encoder-decoders are converted.")
     fields = {field.name for field in dataclasses.fields(t5.T5Config)}
     values: dict[str, Any] = {name: value for name, value in described.items() if name in fields}
-    values["mlp_activations"] = tuple(values["mlp_activations"])  # a list in JSON
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return t5.T5Config(**values)
 
 

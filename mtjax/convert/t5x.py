@@ -22,7 +22,7 @@ from etils import epath
 
 from mtjax import checkpoint, lazy, tree
 from mtjax.convert import t5x_layout
-from mtjax.convert.weights import Weights, checked
+from mtjax.convert.weights import Weights, check_plain_decoder, checked
 from mtjax.lazy import LazyArray, Leaf
 from mtjax.models import t5
 
@@ -211,6 +211,9 @@ def write(weights: Weights, directory: str | pathlib.Path) -> None:
     """
     if weights.config.decoder_kv_heads not in (None, weights.config.num_heads):
         raise ValueError("T5X's T5 has no grouped queries (decoder_kv_heads).")
+    check_plain_decoder(weights.config, "T5X's T5")
+    if weights.config.encoder_attention != "full":
+        raise ValueError("T5X's T5 has no local attention (encoder_attention).")
     if weights.config.encoder_attention != "full":
         raise ValueError(f"T5X's T5 has no {weights.config.encoder_attention} attention (encoder_attention).")
     folder = pathlib.Path(directory) / f"checkpoint_{weights.step}"

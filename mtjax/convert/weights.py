@@ -55,6 +55,15 @@ def expected_shapes(config: t5.T5Config) -> dict[str, jax.ShapeDtypeStruct]:
     return tree.flatten(jax.eval_shape(t5.t5(unscanned).init, jax.random.key(0)))
 
 
+def check_plain_decoder(config: t5.T5Config, theirs: str) -> None:
+    """Raise ValueError where `theirs` would lose decoders or heads."""
+    if config.num_decoders > 1 or config.num_predicted_tokens > 1:
+        raise ValueError(
+            f"{theirs} has one decoder that predicts one token; this one has {config.num_decoders} decoders that "
+            f"predict {config.num_predicted_tokens} (decoder_of_task, num_predicted_tokens)."
+        )
+
+
 def cast(weights: Weights, dtype: str) -> Weights:
     """Round every parameter to 'float32' or 'bfloat16'; an optimizer's state keeps its precision."""
     if dtype not in DTYPES:
@@ -78,9 +87,9 @@ def pad_vocabulary(weights: Weights, multiple: int) -> Weights:
     if not extra:
         return weights
     leaves = dict(weights.leaves)
-    for path, dim in (("token_embedder/embedding", 0), ("decoder/logits_dense/kernel", 1)):
-        if path in leaves:
-            leaves[path] = _padded(leaves[path], dim, extra)
+    for path, leaf in weights.leaves.items():
+        if path.endswith(("token_embedder/embedding", "logits_dense/kernel")):
+            leaves[path] = _padded(leaf, 0 if path.endswith("embedding") else 1, extra)
     config = dataclasses.replace(weights.config, vocab_size=weights.config.vocab_size + extra)
     return weights._replace(config=config, leaves=leaves, optimizer={})
 
@@ -113,7 +122,9 @@ def group_heads(weights: Weights, kv_heads: int) -> Weights:
 
     leaves = dict(weights.leaves)
     for path, leaf in weights.leaves.items():
-        if path.startswith("decoder/") and path.endswith(("attention/key/kernel", "attention/value/kernel")):
+        if not path.startswith("encoder/") and path.endswith(
+            ("attention/key/kernel", "attention/value/kernel")
+        ):
             shape = (leaf.shape[0], kv_heads * config.head_dim)
             leaves[path] = lazy.after(mean_of_groups, leaf, shape=shape)
     config = dataclasses.replace(config, decoder_kv_heads=kv_heads)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mtjax import sharding
-from mtjax.models import functional
+from mtjax.models import functional, future
 from mtjax.models.attention import Bias, attention_bias
 from mtjax.models.blocks import (
     MakeMlp,
@@ -33,7 +33,6 @@ from mtjax.models.blocks import (
     relative_bias,
     residual_dropout,
     sparse_products,
-    take_rows,
     with_bias_of,
     with_step_bias_of,
 )
@@ -60,6 +59,7 @@ class DecoderOnlyConfig:
     relative_attention_num_buckets: int = 32
     relative_attention_max_distance: int = 128
     decoder_kv_heads: int | None = None  # grouped queries (arXiv:2305.13245); None: each head its own keys
+    num_predicted_tokens: int = 1  # heads for the tokens 1, ..., n places ahead (arXiv:2404.19737)
     scan_layers: bool = False
     attention: str = "auto"  # or 'xla', 'cudnn' (GPU), 'pallas' (TPU): models/fast_attention.py
     remat_policy: str = "none"
@@ -67,6 +67,7 @@ class DecoderOnlyConfig:
 
     def __post_init__(self) -> None:
         check_config(self)
+        future.check(self, num_layers=self.num_layers)
 
     @property
     def num_layers_by_side(self) -> tuple[tuple[str, int], ...]:
@@ -88,7 +89,8 @@ def flops(config: DecoderOnlyConfig, batch_size: int, *, lengths: Mapping[str, i
     """
     L = lengths.get("inputs", 0) + lengths["targets"]
     layer = block_products(config, num_kv_heads=config.decoder_kv_heads) + attention_products(config, L)
-    dense = L * (config.num_layers * layer + config.emb_dim * config.vocab_size)
+    heads = config.num_predicted_tokens
+    dense = L * ((config.num_layers + heads - 1) * layer + heads * config.emb_dim * config.vocab_size)
     return float(3 * 2 * batch_size * (dense + sparse_products(config, "decoder", L)))
 
 
@@ -145,14 +147,17 @@ class Decoder(nnx.Module):
         embed_key, bias_key, layers_key, logits_key = jax.random.split(key, 4)
         self.token_embedder = Embed(config.vocab_size, config.emb_dim, key=embed_key)
         self.relpos_bias = relative_bias(config, bidirectional=False, key=bias_key)
+        make_layer = lambda layer_key: DecoderOnlyLayer(config, layer_key)  # noqa: E731
+        self.num_layers = future.trunk_layers(config.num_predicted_tokens, config.num_layers)
         functional.add_layers(
             self,
-            lambda layer_key: DecoderOnlyLayer(config, layer_key),
+            make_layer,
             key=layers_key,
-            num_layers=config.num_layers,
+            num_layers=self.num_layers,
             scan=config.scan_layers,
             nth=every_nth(config, "decoder", functools.partial(DecoderOnlyLayer, config)),
         )
+        future.add_heads(self, make_layer, config=config, key=layers_key)
         self.decoder_norm = RMSNorm(config.emb_dim)
         if not config.logits_via_embedding:
             self.logits_dense = Linear(fan_in_truncated(logits_key, (config.emb_dim, config.vocab_size)))
@@ -180,14 +185,15 @@ class DecoderOnly(nnx.Module):
         bias = with_bias_of(decoder, bias, batch["decoder_input_tokens"].shape[1])
         x_BLD = decoder.token_embedder(batch["decoder_input_tokens"], config.dtype)
         x_BLD = dropout(x_BLD, config.dropout_rate, context=context, site=1000, broadcast_dim=-2)
+        call = lambda layer, x, layer_context: layer(x, bias, layer_context)  # noqa: E731
         x_BLD, aux = functional.run_layers(
-            decoder,
-            lambda layer, x, layer_context: layer(x, bias, layer_context),
-            x_BLD,
-            context,
-            num_layers=config.num_layers,
-            remat_policy=config.remat_policy,
+            decoder, call, x_BLD, context, num_layers=decoder.num_layers, remat_policy=config.remat_policy
         )
+        ahead = future.of_batch(
+            batch, self.logits, num_predicted_tokens=config.num_predicted_tokens, whole=whole
+        )
+        x_BLD, of_heads = future.run_heads(decoder, call, x_BLD, context, future=ahead)
+        aux = functional.add_aux(aux, of_heads)
         x_BLD = decoder.decoder_norm(x_BLD)
         x_BLD = dropout(x_BLD, config.dropout_rate, context=context, site=1001, broadcast_dim=-2)
         return Features(x_BLD, *aux)
@@ -218,13 +224,15 @@ class DecoderOnly(nnx.Module):
             prefix_BS=prefix_BP if self.config.inputs_bidirectional_attention else None,
         )
         bias = with_bias_of(decoder, bias, tokens_BP.shape[1])
-        _, layers = functional.decode_layers(
+        x_BPD, layers = functional.decode_layers(
             decoder,
             lambda layer, x, _: layer.prefill(x, bias, context),
             decoder.token_embedder(jnp.where(prefix_BP, tokens_BP, 0), self.config.dtype),
             {},
-            num_layers=self.config.num_layers,
+            num_layers=decoder.num_layers,
         )
+        if (head := future.first_head(decoder)) is not None:
+            layers["head"] = head.prefill(x_BPD, bias, context)[1]
         length_B = jnp.maximum(prefix_BP.sum(-1, dtype=jnp.int32) - 1, 0)
         first_B = jnp.take_along_axis(tokens_BP, length_B[:, None], axis=1)[:, 0]
         encoding = layers | {"length_B": length_B, "first_B": first_B}
@@ -235,8 +243,13 @@ class DecoderOnly(nnx.Module):
     def start(self, encoding: Mapping[str, Any], max_length: int, num_beams: int) -> dict[str, Any]:
         """Make a cache of B * num_beams rows; the prefix's keys and values stay B rows."""
         first_B = jnp.repeat(encoding["first_B"], num_beams)
-        own = empty_cache(self.config, first_B.shape[0], max_length, num_layers=self.config.num_layers)
-        return dict(encoding) | {"first_B": first_B, "step": jnp.int32(0), "own": own}
+        rows = first_B.shape[0]
+        own = empty_cache(self.config, rows, max_length, num_layers=self.decoder.num_layers)
+        cache = dict(encoding) | {"first_B": first_B, "step": jnp.int32(0), "own": own}
+        if "head" in encoding:
+            of_head = {"own": future.empty_head_cache(self.config, rows, max_length)}
+            cache["head"] = encoding["head"] | of_head
+        return cache
 
     def decode(self, cache: dict[str, Any], tokens_B: Array) -> tuple[Array, dict[str, Any]]:
         """Run one position of every row; returns float32 logits [B, V] and the grown cache."""
@@ -254,16 +267,18 @@ class DecoderOnly(nnx.Module):
             with_step_bias_of(decoder, Bias(jnp.arange(max_length) <= step), step),
             Bias(visible_BP[:, None, None], jnp.moveaxis(bias_HBP, 0, 1)[:, :, None]),
         )
-        x_B1D, layers = functional.decode_layers(
-            decoder,
-            lambda layer, x, layer_cache: layer.decode(x, layer_cache, biases, step=step, context=context),
-            decoder.token_embedder(tokens_B[:, None], self.config.dtype),
-            {"own": cache["own"], "prefix": cache["prefix"]},
-            num_layers=self.config.num_layers,
+        call = lambda layer, x, layer_cache: layer.decode(  # noqa: E731
+            x, layer_cache, biases, step=step, context=context
         )
+        x_B1D = decoder.token_embedder(tokens_B[:, None], self.config.dtype)
+        of_layers = {name: cache[name] for name in ("own", "prefix")}
+        x_B1D, of_layers = functional.decode_layers(
+            decoder, call, x_B1D, of_layers, num_layers=decoder.num_layers
+        )
+        x_B1D, of_head = future.decode_head(decoder, call, x_B1D, cache)
         logits_B1V = self.logits(decoder.decoder_norm(x_B1D))
-        return logits_B1V[:, 0], cache | {"step": step + 1, "own": layers["own"]}
+        return logits_B1V[:, 0], cache | {"step": step + 1, "own": of_layers["own"]} | of_head
 
     def reorder(self, cache: dict[str, Any], rows_B: Array) -> dict[str, Any]:
         """Pick rows of a cache. Beams of one source share its prefix, which stays in place."""
-        return cache | {"own": take_rows(cache["own"], rows_B, self.config)}
+        return future.reorder(cache, rows_B, self.config)
