@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from mtjax import metrics, predict
 from mtjax.data.cache import CachedTask
 from mtjax.data.objectives import OBJECTIVES
-from mtjax.data.online import online
+from mtjax.data.online import ENCODER_ONLY, online
 from mtjax.predict import DecodeConfig, Example, Predictor, TargetSums
 from mtjax.types import Model, Params
 
@@ -224,6 +224,8 @@ def read(
         inputs, targets, _ = prepared
         found.ids.append(Example(inputs, targets, task_id))
         found.raw.append(raws[i])
+        if prepare.classes:
+            targets = np.array(prepare.classes[int(targets[0])], np.int32)
         for texts, text in zip(found[2:], _texts(task, raws[i], inputs, targets), strict=True):
             texts.append(text)
     return found
@@ -259,6 +261,11 @@ def _predictions(
     """Return how predictions were made and their texts; a task without options is not ranked but decoded."""
     vocabulary = task.vocabulary("targets")
     mode = predictor.config.mode
+    if predictor.architecture == ENCODER_ONLY:
+        listed = task.metadata["options"]
+        classes = [[[number] for number in range(len(listed))]] * len(examples.ids)
+        best = predict.rank(predictor, params, examples.ids, classes, progress=progress).best
+        return "rank", [listed[i] for i in best]
     options = [choices_of(task, raw) for raw in examples.raw]
     if mode == "rank" and all(options):
         end = examples.ids[0].targets[-1:].tolist()  # EOS, where the task has one

@@ -97,6 +97,7 @@ class Predictor(NamedTuple):
     score: Callable[..., TargetSums]
     decode: Callable[..., list[list[int]]]
     num_compilations: Callable[[], int]
+    architecture: str = "encoder_decoder"
 
 
 Progress = Callable[[int, int], None]  # (examples done, of how many)
@@ -158,7 +159,8 @@ def predictor(
         )
         return [before_eos(tokens, eos_id) for (tokens,) in rows]
 
-    return Predictor(config, score, decode_all, lambda: sum(call._cache_size() for call in calls))
+    count = lambda: sum(call._cache_size() for call in calls)  # noqa: E731
+    return Predictor(config, score, decode_all, count, architecture)
 
 
 def target_sums(model: Model, params: Params, batch: Batch) -> TargetSums:

@@ -42,6 +42,7 @@ PARAMETER_RULES: Rules = (
     # Heads need not divide the model axis where their joined width does, and this is tiny.
     (r".*relpos_bias/rel_embedding", P()),
     (r".*/scale", P()),
+    (r"task_heads/task_kernel", P()),
 )
 """T5's parameters: matrices over 'fsdp' along the model width and over 'model' along the other dim."""
 

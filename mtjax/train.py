@@ -98,6 +98,21 @@ def _check_tasks(model: Model, tasks: Sequence[cache.CachedTask]) -> None:
             )
 
 
+def _check_classes(model: Model, tasks: Sequence[cache.CachedTask], loss: LossConfig | None) -> None:
+    """Refuse heads that are not the tasks', and smoothing over classes that a task does not have."""
+    num_classes = getattr(model.config, "num_classes", None)
+    if num_classes is None:
+        return
+    wanted = {task.name: len(task.metadata["options"] or ()) for task in tasks}
+    if list(num_classes) != list(wanted.values()):
+        raise ValueError(
+            f"The model's num_classes are {list(num_classes)}, the tasks have so many options: {wanted}. Set "
+            f"num_classes to {tuple(wanted.values())}."
+        )
+    if loss is not None and loss.label_smoothing and len(set(num_classes)) > 1:
+        raise ValueError("label_smoothing needs tasks of equally many classes; set it to 0.")
+
+
 def _check_metrics(
     run: Program,
     stream: pipeline.Stream,
@@ -138,6 +153,7 @@ def prepare(
     if tasks is None:
         cached = cache.open_mixture(data.cache_dirs, data.mixture).tasks
         _check_tasks(model, cached)
+        _check_classes(model, cached, loss)
         tasks = task_table(cached)
     return program.program(
         model=model,
@@ -244,6 +260,7 @@ def fit(
     num_hosts, host = sharding.data_hosts(devices)
     stream = pipeline.open_stream(data, num_hosts=num_hosts, host=host)
     _check_tasks(model, stream.tasks)
+    _check_classes(model, stream.tasks, loss)
     run = prepare(
         model=model,
         data=data,

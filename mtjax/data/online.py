@@ -19,7 +19,8 @@ from mtjax.data.objectives import OBJECTIVES, TARGETS_ONLY, Objective, Room
 from mtjax.data.vocabulary import Vocabulary
 
 INPUTS, TARGETS = "inputs", "targets"
-ARCHITECTURES = ("encoder_decoder", "decoder_only")
+ENCODER_ONLY = "encoder_only"
+ARCHITECTURES = ("encoder_decoder", "decoder_only", ENCODER_ONLY)
 TRUNCATE, SPLIT, DROP = OVERLONG = ("truncate", "split", "drop")
 SEQ2SEQ = "seq2seq"  # the objective of inputs and targets as they are cached
 _EMPTY = np.zeros(0, np.int32)
@@ -64,6 +65,7 @@ class Online(NamedTuple):
     inputs: Side | None
     targets: Side
     overlong: str = TRUNCATE
+    classes: tuple[tuple[int, ...], ...] = ()  # of an encoder alone: the ids of each option, in order
 
     def __call__(self, record: Sequence[np.ndarray], seed: int, epoch: int = 0) -> Prepared | None:
         """Return the example, or None where it is dropped or empty.
@@ -80,7 +82,7 @@ class Online(NamedTuple):
         if column is None and self.overlong == SPLIT and len(text) > self.targets.room:
             return self._piece(text, epoch)
         inputs = _EMPTY if column is None else record[column]
-        return self._ended(inputs, text, 0)
+        return self._ended(inputs, self._class_of(text) if self.classes else text, 0)
 
     def exceeds(self, record: Sequence[np.ndarray]) -> bool:
         """Tell whether an example is over-long."""
@@ -88,7 +90,17 @@ class Online(NamedTuple):
         if self.objective is not None:
             return len(text) > self.objective.chunk
         inputs = _EMPTY if column is None else record[column]
-        return not (_fits(inputs, self.inputs) and _fits(text, self.targets))
+        return not (_fits(inputs, self.inputs) and (bool(self.classes) or _fits(text, self.targets)))
+
+    def _class_of(self, target: np.ndarray) -> np.ndarray:
+        """Return the number of the option that a target is, int32 [1]."""
+        ids = tuple(target.tolist())
+        if ids not in self.classes:
+            raise ValueError(
+                f"The target ids {list(ids[:20])} are none of the task's {len(self.classes)} options, so they have "
+                "no class. Give the task all its options, or train it with a decoder."
+            )
+        return np.array([self.classes.index(ids)], np.int32)
 
     def _denoised(self, objective: Objective, text: np.ndarray, seed: int, epoch: int) -> Prepared | None:
         rng = generator(seed)
@@ -163,8 +175,9 @@ def online(
             f"Task {task.name!r} has inputs; a piece of them does not answer a piece of its targets, so it "
             "cannot be split. Put another policy for it, 'truncate' or 'drop', before its pattern."
         )
+    classes = _classes(task, steps) if architecture == ENCODER_ONLY else ()
     try:
-        return _online(task, lengths, architecture, steps)._replace(overlong=policy)
+        return _online(task, lengths, architecture, steps)._replace(overlong=policy, classes=classes)
     except ValueError as error:
         raise ValueError(
             f"Task {task.name!r} does not fit feature lengths {dict(lengths)}: {error}"
@@ -219,6 +232,18 @@ def _spec(objective: Any) -> dict[str, Any]:
     return {"name": SEQ2SEQ} if objective in (SEQ2SEQ, {"name": SEQ2SEQ}) else objectives_lib.spec(objective)
 
 
+def _classes(task: CachedTask, steps: Mapping[str, Mapping[str, Any]]) -> tuple[tuple[int, ...], ...]:
+    """Return the ids of each of a task's options, as its targets are cached."""
+    options = task.metadata["options"]
+    if not options or INPUTS not in task.features or not steps.keys().isdisjoint(OBJECTIVES):
+        raise ValueError(
+            f"Task {task.name!r} cannot train an encoder alone, which classifies: that takes inputs, targets and the "
+            "targets' options (mtjax.tasks.info)."
+        )
+    encode = task.vocabulary(TARGETS).encode
+    return tuple(tuple(int(i) for i in encode(option)) for option in options)
+
+
 def _first_match(patterns: Patterns, name: str, default: Any) -> Any:
     return next((value for key, value in patterns.items() if fnmatch.fnmatchcase(name, key)), default)
 
@@ -228,7 +253,7 @@ def _online(
 ) -> Online:
     name = next((name for name in steps if name in OBJECTIVES), None)
     has_inputs = INPUTS in task.features if name is None else name not in TARGETS_ONLY
-    targets = _side(task, TARGETS, lengths, steps)
+    targets = _side(task, TARGETS, lengths, {} if architecture == ENCODER_ONLY else steps)
     if has_inputs:
         inputs = _side(task, INPUTS, lengths, steps)
     elif architecture == "encoder_decoder":  # T5's language model: the encoder sees an EOS
