@@ -25,6 +25,7 @@ def write_task(
     vocab: vocabulary.Vocabulary | None = None,
     family: str = "default",
     passes: int = 1,
+    options: Sequence[str] | None = None,
 ) -> cache.CachedTask:
     """Write one task and open it; the training examples are those of all passes."""
     vocab = vocab or vocabulary.byte(extra_ids=100)
@@ -51,7 +52,7 @@ def write_task(
         "licence": "",
         "citation": "",
         "source": "test",
-        "options": None,
+        "options": options,
         "metrics": ["accuracy"],
     }
     for split, examples in splits.items():
