@@ -259,7 +259,8 @@ def test_grouped_queries_of_equal_keys_and_values_lose_nothing(tmp_path):
     ]
     np.testing.assert_array_equal(*tokens)
     cache = model.start(params, model.encode(params, batch), max_length=8)
-    assert {leaf.shape[1] for leaf in jax.tree.leaves((cache["own"], cache["source"]))} == {2}
+    (of_decoder,) = cache["decoders"]
+    assert {leaf.shape[1] for leaf in jax.tree.leaves((of_decoder["own"], of_decoder["source"]))} == {2}
     with pytest.raises(ValueError, match="no grouped queries"):
         huggingface.write(grouped, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -19,6 +19,7 @@ REQUIRED = {
     "CACHE_DIRS": ["cache"],
     "INITIAL_CHECKPOINT_PATH": "pretrained",
     "REFERENCE_RUN": "reference",
+    "NUM_CLASSES": (2, 3),
 }
 TASKS = train.TaskTable(("a", "b"), ("first", "second"))
 
