@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("plan")
     group.add_argument(
-        "--device", metavar="NAME", help="estimate time on this kind of chip, e.g. tpu-v5e or cpu-core"
+        "--device", metavar="NAME", help="estimate time on this kind of chip, e.g. v5e or cpu-core"
     )
     group.add_argument("--chips", type=int, default=1, metavar="N", help="chips a run trains on (default: 1)")
     group.add_argument(

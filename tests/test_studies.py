@@ -158,11 +158,11 @@ def plan(world, capsys, *more, recipe="tiny.gin", action="plan", study_dir="plan
 
 
 def test_plan_names_every_run_and_its_cost(world, capsys):
-    code, said = plan(world, capsys, "--device=tpu-v5e", "--chips=4")
+    code, said = plan(world, capsys, "--device=v5e", "--chips=4")
     assert code == 0
     assert re.search(r"tasks=2/subset=0/seed=0/fine_tuned .* tasks=2/subset=0/seed=0 ", said.out)
     assert "4 distinct runs, 8,640 positions" in said.out  # 2 x (24 + 6) steps x 4 rows x (24 + 12)
-    assert "On 4 x tpu-v5e at 40% of the peak" in said.out
+    assert "On 4 x v5e at 40% of the peak" in said.out
     assert "n-gram overlap" in said.out
     assert not (world / "planned").exists()  # planning writes nothing of a study
 
@@ -179,7 +179,7 @@ def test_plan_names_every_run_and_its_cost(world, capsys):
             "nothing uses TRIAN_STEPS. Did you mean TRAIN_STEPS",
         ),
         (["--gin.studies.study.unreported=['goal_*']"], "goal_1 is marked by ['goal_*']"),
-        (["--device=tpu-v55"], "Unknown device 'tpu-v55'. Did you mean 'tpu-v5"),
+        (["--device=v5x"], "Unknown device 'v5x'. Did you mean 'v5"),
     ],
 )
 def test_what_cannot_run_is_found_when_planning(world, capsys, more, message):

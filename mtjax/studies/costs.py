@@ -6,12 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from mtjax import tree
+from mtjax.hardware import ALIASES, CHIPS
 
 PEAK = {
-    "tpu-v4": 275e12,
-    "tpu-v5e": 197e12,
-    "tpu-v5p": 459e12,
-    "tpu-v6e": 918e12,
+    **{name: CHIPS[kind].flops for name, kind in ALIASES.items()},
     "a100": 312e12,
     "h100": 989e12,
     "cpu-core": 50e9,
