@@ -42,6 +42,8 @@ from mtjax.data import pipeline
 from mtjax.launch import prepare
 from mtjax.mixing import rates
 from mtjax.models import decoder_only
+from mtjax.models import moe
+from mtjax.models import routers
 from mtjax.models import t5
 """
 

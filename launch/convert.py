@@ -16,13 +16,21 @@ examples:
       --gin.MIXTURE_OR_TASK_NAME=NAME --gin.TRAIN_STEPS=2000 --gin.MODEL_DIR=runs/mine
   mtjax convert --from=runs/mine --to=hf:exported                    # transformers' from_pretrained opens it
   mtjax convert --from=t5x:t5_1_1_small/checkpoint_1000000 --to=runs/t5_1_1_small --vocabulary=cc_all.32000.model
+  mtjax convert --from=runs/t5_1_1_base --upcycle=models/task_gated_base.gin --gin.NUM_TASKS=8 --to=runs/sparse
   mtjax convert --from=runs/mine --average=5 --to=runs/mean          # mean of the last five checkpoints
 
-Formats: hf:DIR (config.json and safetensors of T5, T5 1.1, Flan-T5, mT5, UMT5, ByT5, LongT5), t5x:DIR (legacy or
-Orbax; written as legacy), DIR (a model directory of mtjax, or one checkpoint in it). Between the last two the state
+Formats: hf:DIR (config.json and safetensors of T5, T5 1.1, Flan-T5, mT5, UMT5, ByT5, LongT5, Switch), t5x:DIR (legacy
+or Orbax; written as legacy), DIR (a model directory of mtjax, or one checkpoint in it). Between the last two the state
 of Adafactor and the step come along: --gin.INITIAL_STATE=optimizer goes on with them.
 """
 MODEL = "model.gin"
+_MACROS = {  # of a configuration that is no training run
+    "MIXTURE_OR_TASK_NAME": "converted",
+    "MODEL_DIR": "",
+    "TRAIN_STEPS": 1,
+    "CACHE_DIRS": [],
+    "BATCH_SIZE": 8,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +56,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="grouped queries: N keys and values a layer of the decoder, each the mean of its group (ours only)",
+    )
+    steps.add_argument(
+        "--upcycle",
+        metavar="FILE",
+        help="make the mixture of experts of this gin file (models/...) of a dense model: every expert a copy (ours only)",
+    )
+    steps.add_argument(
+        "--gin_bindings",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="--upcycle: what its file leaves open, e.g. --gin.NUM_TASKS=8; repeatable",
     )
     steps.add_argument(
         "--average", type=int, metavar="N", help="the mean of the source's last N checkpoints (ours only)"
@@ -116,11 +136,13 @@ def parse_place(text: str) -> tuple[str, Path]:
 def _check_flags(args: argparse.Namespace, source: str, target: str) -> None:
     """Refuse flags that the formats have no use for."""
     of_source = {"average": "mtjax", "max_distance": "t5x", "activation": "t5x"}
-    of_target = {"scan_layers": "mtjax", "kv_heads": "mtjax", "max_shard_gb": "hf"}
+    of_target = {"scan_layers": "mtjax", "upcycle": "mtjax", "kv_heads": "mtjax", "max_shard_gb": "hf"}
     for flags, kind, end in ((of_source, source, "--from"), (of_target, target, "--to")):
         for name, only in flags.items():
             if getattr(args, name) is not None and kind != only:
                 raise ValueError(f"--{name} is for {end}={'DIR' if only == 'mtjax' else f'{only}:DIR'} only.")
+    if args.gin_bindings and not args.upcycle:
+        raise ValueError("--gin_bindings (--gin.NAME=VALUE) are for --upcycle only.")
     if args.vocabulary and target == "t5x":
         raise ValueError("--vocabulary: a T5X checkpoint holds none.")
 
@@ -161,6 +183,8 @@ def _changed(weights: Any, args: argparse.Namespace) -> Any:
         weights = convert.pad_vocabulary(weights, args.pad_vocabulary)
     if args.kv_heads is not None:
         weights = convert.group_heads(weights, args.kv_heads)
+    if args.upcycle:
+        weights = convert.upcycle(weights, _model_config(args.upcycle, args.gin_bindings))
     if args.dtype:
         weights = convert.cast(weights, args.dtype)
     if args.scan_layers:
@@ -184,38 +208,65 @@ def _write(weights: Any, kind: str, folder: Path, target: Path, *, max_shard_byt
         (folder / CONFIG).write_text(_run_gin(model, target.absolute()), "utf-8")
 
 
+def _model_config(gin_file: str, bindings: list[str]) -> Any:
+    """Return the configuration of the model that a gin file binds."""
+    from mtjax import train
+    from mtjax.launch import config, prepare
+
+    roots = [prepare.mixture, train.fit]
+    parsed = config.parse([gin_file, "runs/pretrain.gin"], bindings, roots=roots, defaults=_MACROS)
+    return parsed.arguments(train.fit, only=["model"])["model"].config
+
+
 def model_gin(config: Any) -> str:
     """Bind the model in gin, as the files in gin/models do."""
-    fields = dataclasses.asdict(config) | {"dtype": "%ACTIVATION_DTYPE", "dropout_rate": "%DROPOUT_RATE"}
-    lines = [f"    {n} = {v if str(v).startswith('%') else repr(v)}" for n, v in fields.items()]
+    bindings = "\n".join(_bindings(config, ""))
+    modules = [name for name in ("moe", "routers", "t5") if f"{name}." in bindings]
     return "\n".join(
         [
             "# The architecture of a checkpoint. Give it with a run: --gin_file=THIS FILE",
             "# --gin_file=runs/pretrain.gin. runs/finetune.gin takes it from INITIAL_CHECKPOINT_PATH.",
             "from __gin__ import dynamic_registration",
             "from mtjax import train",
-            "from mtjax.models import t5",
+            *(f"from mtjax.models import {name}" for name in modules),
             "",
             f"ACTIVATION_DTYPE = {config.dtype!r}",
+            *([f"NUM_TASKS = {config.moe.num_tasks}"] if "%NUM_TASKS" in bindings else []),
             "",
             "train.fit.model = @t5.t5()",
             "t5.t5.config = @t5.T5Config()",
-            "t5.T5Config:",
-            *lines,
+            bindings,
             "",
         ]
     )
 
 
+def _bindings(config: Any, scope: str) -> list[str]:
+    """Return the lines that bind a configuration, and after them those of what it holds, each in its scope."""
+    macros = {"dtype": "%ACTIVATION_DTYPE", "dropout_rate": "%DROPOUT_RATE"}
+    if getattr(config, "num_tasks", 0):
+        macros["num_tasks"] = "%NUM_TASKS"
+    lines, inner = [f"{scope}{_gin_name(config)}:"], []
+    for field in dataclasses.fields(config):
+        value, inside = getattr(config, field.name), f"{scope}{field.name}/"
+        if dataclasses.is_dataclass(value):
+            lines.append(f"    {field.name} = @{inside}{_gin_name(value)}()")
+            inner += _bindings(value, inside)
+        else:
+            lines.append(f"    {field.name} = {macros.get(field.name, repr(value))}")
+    return (lines if len(lines) > 1 else []) + inner
+
+
+def _gin_name(config: Any) -> str:
+    """Name a class as recipes import it, from mtjax.models."""
+    name = type(config).__name__
+    module = {"T5Config": "t5", "MoeConfig": "moe"}.get(name, "routers")
+    return f"{module}.{name}"
+
+
 def _run_gin(model: str, target: Path) -> str:
     """Make the folder one that `mtjax infer` and `mtjax eval` open."""
-    macros = {
-        "MIXTURE_OR_TASK_NAME": "converted",
-        "MODEL_DIR": str(target),
-        "TRAIN_STEPS": 1,
-        "CACHE_DIRS": [],
-        "BATCH_SIZE": 8,
-    }
+    macros = {**_MACROS, "MODEL_DIR": str(target)}
     bindings = "\n".join(f"{name} = {value!r}" for name, value in macros.items())
     head = "from __gin__ import dynamic_registration\n"
     return (

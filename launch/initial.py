@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -88,10 +87,7 @@ def _model(described: Mapping[str, Any]) -> str:
 
     if described.get("name") != "T5Config":
         return ""
-    config = model_directory.config_of(described, source=MACRO)
-    plain = (str, int, float, tuple, type(None))
-    values = [getattr(config, field.name) for field in dataclasses.fields(config)]
-    return convert.model_gin(config) if all(isinstance(value, plain) for value in values) else ""
+    return convert.model_gin(model_directory.config_of(described, source=MACRO))
 
 
 def _vocabulary(checkpoint: Any) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 
 from mtjax import checkpoint, log, program, tree
 from mtjax.data import cache
+from mtjax.models import configs
 from mtjax.program import Program, TrainState
 from mtjax.types import Array, Model, Params
 
@@ -41,7 +41,7 @@ def meta(run: Program, model: Model, tasks: Sequence[cache.CachedTask], config_t
         "families": list(run.tasks.families),
         "groups": list(run.groups),
         "vocabulary": {task.name: task.vocabulary("targets").fingerprint for task in tasks},
-        "model": {"name": type(model.config).__name__, **dataclasses.asdict(model.config)},
+        "model": configs.describe(model.config),
         "mesh": dict(run.mesh.shape),
         "environment": environment(),
         "config": config_text,

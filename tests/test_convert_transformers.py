@@ -9,7 +9,7 @@ import pytest
 
 from mtjax import convert, decode, tree
 from mtjax.convert import huggingface
-from mtjax.models import t5
+from mtjax.models import moe, routers, t5
 
 torch = pytest.importorskip("torch", reason="pip install mtjax[interop]")
 transformers = pytest.importorskip("transformers", reason="pip install mtjax[interop]")
@@ -147,6 +147,55 @@ def test_a_model_of_ours_opens_in_transformers(tmp_path):
         mlp_dim=32,
         num_encoder_layers=1,
         num_decoder_layers=2,
+    )
+    params = t5.t5(config).init(jax.random.key(0))
+    leaves = {path: np.asarray(leaf) for path, leaf in tree.flatten(params).items()}
+    huggingface.write(convert.Weights(config, leaves, {}), tmp_path)
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    inputs, targets = (1 + ids % 63 for ids in batch())  # 0 is padding
+    _, _, features = ours(convert.Weights(config, leaves, {}), inputs, targets)
+    with jax.default_matmul_precision("highest"):
+        logits_BLV = t5.t5(config).apply(params, features).logits_BLV
+    np.testing.assert_allclose(logits_BLV, their_logits(model, inputs, targets), atol=1e-4)
+
+
+def test_switch_transformers_in_both_directions(tmp_path):
+    torch.manual_seed(0)
+    sizes = {**SIZES, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 4}
+    theirs = transformers.SwitchTransformersForConditionalGeneration(
+        transformers.SwitchTransformersConfig(**sizes, num_decoder_layers=2)
+    ).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    inputs, targets = batch()
+    weights = huggingface.read(tmp_path / "theirs")
+    model, params, features = ours(weights, inputs, targets)
+    with jax.default_matmul_precision("highest"):
+        logits_BLV = np.asarray(model.apply(params, features).logits_BLV)
+        greedy = decode.greedy(model, params, features, max_length=8)
+    np.testing.assert_allclose(logits_BLV, their_logits(theirs, inputs, targets), atol=1e-4, rtol=1e-5)
+    with torch.no_grad():
+        generated = theirs.generate(torch.tensor(inputs), max_new_tokens=8, do_sample=False).numpy()[:, 1:]
+    np.testing.assert_array_equal(greedy.tokens[:, : generated.shape[1]], generated)
+    convert.write_model_directory(weights, tmp_path / "ours")
+    (tmp_path / "again").mkdir()
+    huggingface.write(convert.read_model_directory(tmp_path / "ours"), tmp_path / "again")
+    back = type(theirs).from_pretrained(tmp_path / "again").eval()
+    for key, tensor in theirs.state_dict().items():
+        assert torch.equal(tensor, back.state_dict()[key]), key
+
+
+def test_a_sparse_model_of_ours_opens_in_transformers(tmp_path):
+    sparse = moe.MoeConfig(4, 2, encoder_router=routers.Switch(), decoder_router=routers.Switch())
+    config = t5.T5Config(
+        vocab_size=64,
+        emb_dim=16,
+        num_heads=2,
+        head_dim=8,
+        mlp_dim=32,
+        num_encoder_layers=4,
+        num_decoder_layers=2,
+        mlp_activations=("gelu",),
+        moe=sparse,
     )
     params = t5.t5(config).init(jax.random.key(0))
     leaves = {path: np.asarray(leaf) for path, leaf in tree.flatten(params).items()}

@@ -20,6 +20,7 @@ REQUIRED = {
     "INITIAL_CHECKPOINT_PATH": "pretrained",
     "REFERENCE_RUN": "reference",
     "NUM_CLASSES": (2, 3),
+    "NUM_TASKS": 2,
 }
 TASKS = train.TaskTable(("a", "b"), ("first", "second"))
 

@@ -6,6 +6,7 @@ allows it, so that a large model passes through leaf by leaf.
 
 from mtjax.convert.model_directory import read as read_model_directory
 from mtjax.convert.model_directory import write as write_model_directory
+from mtjax.convert.upcycle import upcycle
 from mtjax.convert.weights import Weights, average, cast, group_heads, pad_vocabulary
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "group_heads",
     "pad_vocabulary",
     "read_model_directory",
+    "upcycle",
     "write_model_directory",
 ]

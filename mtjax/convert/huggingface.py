@@ -1,4 +1,4 @@
-"""Hugging Face folders of T5, T5 1.1, Flan-T5, mT5, UMT5, ByT5 and LongT5: config.json and safetensors.
+"""Hugging Face folders of T5, T5 1.1, Flan-T5, mT5, UMT5, ByT5, LongT5 and Switch: config.json and safetensors.
 
 Needs neither torch nor transformers. Tensors are read when they are asked for. torch's Linear keeps [out, in]
 and its Embedding [rows, width], so kernels and tables of relative biases are transposed.
@@ -18,12 +18,13 @@ import numpy as np
 import safetensors
 
 from mtjax import lazy, tree
+from mtjax.convert import switch
 from mtjax.convert.weights import Weights, check_plain_decoder, checked
 from mtjax.data import vocabulary
 from mtjax.lazy import LazyArray, Leaf
 from mtjax.models import t5
 
-MODEL_TYPES = ("t5", "mt5", "umt5", "longt5")
+MODEL_TYPES = ("t5", "mt5", "umt5", "longt5", switch.MODEL_TYPE)
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 VOCABULARY = "spiece.model"
@@ -54,6 +55,7 @@ _ENCODER_BLOCKS = {
     "local": "LocalSelfAttention",
     "transient_global": "TransientGlobalSelfAttention",
 }
+_CLASSES = {"longt5": "LongT5", switch.MODEL_TYPE: "SwitchTransformers"}  # others: in capitals
 _NORMS = {
     "attention": "pre_attention_layer_norm",
     "self_attention": "pre_self_attention_layer_norm",
@@ -85,6 +87,10 @@ def _layer_names(config: t5.T5Config, stack: str, i: int) -> dict[str, str]:
         layer = f"{stack}.block.{i}.layer.{j}"
         theirs = _ENCODER_BLOCKS[config.encoder_attention] if block == "attention" else theirs
         names[f"{ours}/{_NORMS[block]}/scale"] = f"{layer}.layer_norm.weight"
+        if block == "mlp" and config.moe is not None:
+            is_sparse = i % config.moe.every == config.moe.every - 1
+            names |= switch.mlp_names(config, ours, layer, is_sparse=is_sparse)
+            continue
         if block == "mlp":
             is_gated = len(config.mlp_activations) > 1
             parts = {name: name for name in (("wi_0", "wi_1") if is_gated else ("wi",))} | {"wo": "wo"}
@@ -141,6 +147,7 @@ def read(directory: str | pathlib.Path) -> Weights:
         tensors.setdefault("lm_head.weight", tensors["shared.weight"])
     _check_names(names, tensors, directory)
     leaves = {ours: _turned(ours, tensors[name]) for ours, name in names.items()}
+    leaves = switch.joined(leaves)
     origin = {"format": "huggingface", "name": directory.name, "config": theirs}
     weights = Weights(config, leaves, origin, decoding=_decoding(directory, theirs))
     return checked(weights, source=repr(str(directory)))._replace(vocabulary=_vocabulary(directory))
@@ -187,8 +194,9 @@ def _config(theirs: Mapping[str, Any], tensors: Mapping[str, Leaf], path: pathli
     kind = theirs.get("model_type", "")
     if kind not in MODEL_TYPES:
         raise tree.unknown_name(f"model_type in {str(path)!r}", str(kind), MODEL_TYPES)
+    is_sparse = kind == switch.MODEL_TYPE
     feed_forward = theirs.get("feed_forward_proj", "relu")
-    if feed_forward not in _FEED_FORWARD:
+    if not is_sparse and feed_forward not in _FEED_FORWARD:
         raise tree.unknown_name(f"feed_forward_proj in {str(path)!r}", str(feed_forward), list(_FEED_FORWARD))
     if (epsilon := theirs.get("layer_norm_epsilon", 1e-6)) != 1e-6:
         raise ValueError(f"layer_norm_epsilon {epsilon} in {str(path)!r} is not supported, only 1e-06.")
@@ -208,11 +216,15 @@ def _config(theirs: Mapping[str, Any], tensors: Mapping[str, Leaf], path: pathli
         mlp_dim=theirs["d_ff"],
         num_encoder_layers=theirs["num_layers"],
         num_decoder_layers=theirs.get("num_decoder_layers") or theirs["num_layers"],
-        mlp_activations=_FEED_FORWARD[feed_forward],
         logits_via_embedding=_is_shared(tensors) and _is_scaled(theirs),
         relative_attention_num_buckets=theirs.get("relative_attention_num_buckets", 32),
         relative_attention_max_distance=theirs.get("relative_attention_max_distance", 128),
         relative_bias_per_layer=kind == "umt5",
+        **(
+            switch.fields(theirs, repr(str(path)))
+            if is_sparse
+            else {"mlp_activations": _FEED_FORWARD[feed_forward]}
+        ),
         **_long_attention(theirs, path),
     )
 
@@ -321,23 +333,24 @@ def write(weights: Weights, directory: str | pathlib.Path, *, max_shard_bytes: i
     """
     directory = pathlib.Path(directory)
     their_config, names = _their_config(weights), tensor_names(weights.config)
+    leaves, sources = switch.apart(weights.leaves), {name: ours for ours, name in names.items()}
+    if weights.config.moe is not None and not weights.config.logits_via_embedding:
+        sources |= dict.fromkeys(_COPIES, _EMBEDDING)  # an untied Switch shares no table either
     shards: list[dict[str, str]] = [{}]
     size = 0
-    for ours, name in sorted(names.items(), key=lambda item: item[1]):
-        if shards[-1] and size + weights.leaves[ours].nbytes > max_shard_bytes:
+    for name, ours in sorted(sources.items()):
+        if shards[-1] and size + leaves[ours].nbytes > max_shard_bytes:
             shards.append({})
             size = 0
         shards[-1][name] = ours
-        size += weights.leaves[ours].nbytes
+        size += leaves[ours].nbytes
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_tensors(
-            {name: _turned(ours, weights.leaves[ours]) for name, ours in shard.items()}, directory / file
-        )
+        _write_tensors({name: _turned(ours, leaves[ours]) for name, ours in shard.items()}, directory / file)
         weight_map |= dict.fromkeys(shard, file)
     if len(shards) > 1:
-        total = sum(leaf.nbytes for leaf in weights.leaves.values())
+        total = sum(leaves[ours].nbytes for ours in sources.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", "utf-8")
     text = json.dumps(their_config, indent=2, sort_keys=True) + "\n"
@@ -381,7 +394,7 @@ def _write_tensors(tensors: Mapping[str, Leaf], path: pathlib.Path) -> None:
 def _their_config(weights: Weights) -> dict[str, Any]:
     config, origin = weights.config, weights.origin
     proj = {ours: name for name, ours in reversed(_FEED_FORWARD.items())}
-    if config.mlp_activations not in proj:
+    if config.moe is None and config.mlp_activations not in proj:
         raise ValueError(f"Hugging Face's T5 has no feed-forward block with {config.mlp_activations}.")
     if config.decoder_kv_heads not in (None, config.num_heads):
         raise ValueError("Hugging Face's T5 has no grouped queries (decoder_kv_heads).")
@@ -393,17 +406,22 @@ def _their_config(weights: Weights) -> dict[str, Any]:
     is_long = config.encoder_attention != "full"
     if is_long and config.relative_bias_per_layer:
         raise ValueError("Hugging Face's LongT5 has one table of relative biases a stack, not one a layer.")
+    if config.moe is not None and (is_long or config.relative_bias_per_layer):
+        raise ValueError(
+            "Hugging Face's Switch Transformers have full attention and one table of biases a stack."
+        )
     kind = "longt5" if is_long else "umt5" if config.relative_bias_per_layer else "t5"
+    kind = kind if config.moe is None else switch.MODEL_TYPE
     defaults = {
         "model_type": kind,
-        "architectures": [f"{'LongT5' if is_long else kind.upper()}ForConditionalGeneration"],
+        "architectures": [f"{_CLASSES.get(kind, kind.upper())}ForConditionalGeneration"],
         "is_encoder_decoder": True,
         "decoder_start_token_id": 0,
         "pad_token_id": 0,
         "eos_token_id": 1,
         "layer_norm_epsilon": 1e-6,
         "dropout_rate": config.dropout_rate,
-        "feed_forward_proj": proj[config.mlp_activations],
+        **({"feed_forward_proj": proj[config.mlp_activations]} if config.moe is None else {}),
     }
     dtypes = {leaf.dtype.name for leaf in weights.leaves.values()}
     sizes = {
@@ -425,6 +443,8 @@ def _their_config(weights: Weights) -> dict[str, Any]:
             "local_radius": config.local_radius,
             "global_block_size": config.global_block_size,
         }
+    if config.moe is not None:
+        sizes |= switch.their_fields(config, kept)
     if "scale_decoder_outputs" in kept:
         kept["scale_decoder_outputs"] = config.logits_via_embedding
     return defaults | kept | sizes

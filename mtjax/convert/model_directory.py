@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from mtjax import checkpoint
 from mtjax.convert.weights import SLOTS, Weights, checked, stacked, unstacked
 from mtjax.data import vocabulary
 from mtjax.lazy import Leaf
-from mtjax.models import t5
+from mtjax.models import configs, t5
 
 
 def read(path: str | os.PathLike) -> Weights:
@@ -38,10 +37,13 @@ def read(path: str | os.PathLike) -> Weights:
     optimizer = {} if parts & {"average", "frozen"} else _moments(found)
     kept = Path(folder).parent.parent / vocabulary.FOLDER
     features = vocabulary.read(kept) if kept.is_dir() else {}
+    origin = {**meta.get("origin", {}), "mtjax": Path(folder).parent.parent.name}
+    if config.moe is not None and config.moe.num_tasks:  # rows of tasks keep their names
+        origin |= {name: meta[name] for name in ("tasks", "families")}
     weights = Weights(
         config,
         unstacked(config, leaves),
-        {**meta.get("origin", {}), "mtjax": Path(folder).parent.parent.name},
+        origin,
         features["targets"][0] if "targets" in features else None,
         int(Path(folder).name),
         unstacked(config, optimizer),
@@ -67,12 +69,7 @@ def config_of(described: Mapping[str, Any], *, source: str) -> t5.T5Config:
     """Build the configuration that a checkpoint's meta describes."""
     if described.get("name") != "T5Config":
         raise ValueError(f"{source!r} holds a {described.get('name')}; only encoder-decoders are converted.")
-    if described.get("moe") is not None:
-        raise ValueError(f"{source!r} holds a mixture of experts; only dense encoder-decoders are converted.")
-    fields = {field.name for field in dataclasses.fields(t5.T5Config)}
-    values: dict[str, Any] = {name: value for name, value in described.items() if name in fields}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return t5.T5Config(**values)
+    return configs.build(described)
 
 
 def write(weights: Weights, directory: str | os.PathLike) -> None:
@@ -92,11 +89,11 @@ def write(weights: Weights, directory: str | os.PathLike) -> None:
         features = {name: (found, True) for name in ("inputs", "targets")}
         vocabulary.write(directory / vocabulary.FOLDER, features)
     meta = {
-        "tasks": [],
-        "families": [],
+        "tasks": list(weights.origin.get("tasks", ())),
+        "families": list(weights.origin.get("families", ())),
         "groups": [],
         "vocabulary": {} if found is None else {"origin": found.fingerprint},
-        "model": {"name": type(weights.config).__name__, **dataclasses.asdict(weights.config)},
+        "model": configs.describe(weights.config),
         "mesh": {},
         "environment": {},
         "config": "",

@@ -212,8 +212,10 @@ def write(weights: Weights, directory: str | pathlib.Path) -> None:
     if weights.config.decoder_kv_heads not in (None, weights.config.num_heads):
         raise ValueError("T5X's T5 has no grouped queries (decoder_kv_heads).")
     check_plain_decoder(weights.config, "T5X's T5")
-    if weights.config.encoder_attention != "full":
-        raise ValueError("T5X's T5 has no local attention (encoder_attention).")
+    if weights.config.moe is not None:
+        raise ValueError(
+            "A mixture of experts is not written in T5X's format; hf:DIR takes Switch Transformers."
+        )
     if weights.config.encoder_attention != "full":
         raise ValueError(f"T5X's T5 has no {weights.config.encoder_attention} attention (encoder_attention).")
     folder = pathlib.Path(directory) / f"checkpoint_{weights.step}"

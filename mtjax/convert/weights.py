@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -171,6 +172,10 @@ def unstacked(config: t5.T5Config, leaves: Mapping[str, Leaf]) -> dict[str, Leaf
             found[path] = leaf
             continue
         stack, _, rest = path.partition(f"/{tree.STACK}/")
+        first, step = 0, 1
+        if block := re.fullmatch(rf"{functional.BLOCK}_(\d+)/(.*)", rest):
+            assert config.moe is not None
+            first, step, rest = int(block[1]), config.moe.every, block[2]
         for i, part in enumerate(lazy.parts(leaf, 0)):
-            found[f"{stack}/{tree.STACK}_{i}/{rest}"] = part
+            found[f"{stack}/{tree.STACK}_{first + i * step}/{rest}"] = part
     return found
