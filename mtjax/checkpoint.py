@@ -391,7 +391,7 @@ class Checkpointer:
 
     Kept are the last `keep_last`, every step that `keep_every` divides, and the `keep_best` best by
     `best_metric` ('min' or 'max'). With `asynchronous`, `save` returns when the arrays are copied to the
-    host, and a failure is raised by the next `save`, `wait` or `close`.
+    host, and a failure is raised by the next `check`, `save`, `wait` or `close`.
     """
 
     def __init__(
@@ -527,6 +527,11 @@ class Checkpointer:
                 f"{type(error).__name__}: {str(error)[:500]}\nIs the disk full? "
                 + (f"The checkpoints of steps {left} are whole." if left else "There is no checkpoint yet.")
             ) from error
+
+    def check(self) -> None:
+        """Raise OSError if the save under way has failed; does not wait."""
+        if not self.manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the save under way; raises OSError if it failed."""

@@ -445,6 +445,7 @@ def _loop(
             return metrics
     for step in steps:
         profile(step)
+        checkpointer.check()
         batch = sharding.global_batch(run.mesh, next(stream))
         state, now = run.step(state, batch)
         window.add(now, positions=_positions(batch))
