@@ -22,7 +22,6 @@ TEXTS = {
 GSHARD = routers.TopK(normalize_weights=True, random_second=True, balance_first=True)
 ROUTERS = {
     "switch": routers.Switch(),
-    "top 2": routers.TopK(),
     "gshard": GSHARD,
     "st-moe": routers.TopK(z_factor=1e-3, batch_prioritized=True),
     "experts choose": routers.ExpertsChoose(1.5, z_factor=1e-3),
@@ -33,7 +32,6 @@ ROUTERS = {
     "descriptions": routers.TopK(gate=routers.Descriptions(TEXTS, width=5)),
     "task level": routers.TaskLevel(width=6, hidden=5),
     "task level, gumbel": routers.TaskLevel("gumbel", width=6, hidden=5),
-    "task level, softmax": routers.TaskLevel("softmax", width=6, hidden=5),
     "dselect-k": routers.DSelectK(),
     "dselect-k, by token": routers.DSelectK(gate=routers.TaskEmbedding(5)),
 }

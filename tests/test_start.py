@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mtjax import checkpoint, sharding, start, tree
+from mtjax import checkpoint, optim, sharding, start, train, tree
+from mtjax.data import pipeline
+from mtjax.models import moe, routers, t5
+from tests import small_cache
 
 ROWS = "encoder/layers/mlp/router/task_embedding"  # [2 layers, T, 4]
 UNSTACKED = "decoder/mlp/router/router_weights/task_z"  # [T, 4]
@@ -61,3 +64,31 @@ def test_rows_without_names_are_read_in_order_or_refused(tmp_path):
     save(tmp_path / "other", ["a", "b"], 3)
     with pytest.raises(ValueError, match="has 3 rows, but the checkpoint names 2 tasks"):
         read(tmp_path / "other", ("a", "c"), 2)
+
+
+def test_a_sparse_run_starts_from_one_with_other_tasks(tmp_path, capsys):
+    router = routers.TopK(normalize_weights=True, gate=routers.TaskEmbedding(4))
+    sparse = moe.MoeConfig(2, 1, encoder_router=router, decoder_router=None, num_tasks=2)
+    sizes = {"vocab_size": 384, "emb_dim": 8, "num_heads": 1, "head_dim": 8, "mlp_dim": 8}
+    config = t5.T5Config(**sizes, num_encoder_layers=1, num_decoder_layers=1, moe=sparse)
+    for name in "abc":
+        small_cache.write_task(tmp_path / "cache", name, {"train": [([5, 6], [7, 8]), ([9], [10])]})
+    kept = []
+    for names, initial in (("ab", None), ("bc", str(tmp_path / "ab"))):
+        small_cache.write_mixture(tmp_path / "cache", names, {name: 1.0 for name in names})
+        train.fit(
+            model_dir=str(tmp_path / names),
+            model=t5.t5(config),
+            data=pipeline.TrainData(names, {"inputs": 8, "targets": 8}, 2, (str(tmp_path / "cache"),)),
+            optimizer=optim.transformation("sgd", 0.0),
+            train_steps=1,
+            initial_checkpoint=initial,
+        )
+        found = checkpoint.parameter_shapes(tmp_path / names)
+        path = next(path for path in found if path.endswith("task_embedding"))
+        saved = checkpoint.restore_parameters(tmp_path / names, tree.unflatten(found))
+        kept.append(np.asarray(tree.flatten(saved)[path]))
+    first, second = kept
+    np.testing.assert_allclose(second, [first[1], first.mean(0)], rtol=1e-6)
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert "1 kept by name; 1 added, as the mean of all: c; 1 dropped: a." in said
