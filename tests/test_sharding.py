@@ -230,59 +230,6 @@ def test_activations_are_laid_out_by_their_rules_where_the_axes_divide_them():
     )
 
 
-@pytest.mark.slow
-def test_eight_devices_take_the_steps_of_one():
-    """Sharded parameters, state and batch: same loss and updates as on one device, nothing gathered whole."""
-    run_on_eight_devices("""
-        import jax, jax.numpy as jnp, numpy as np
-        from mtjax import optim, sharding, tree
-        jax.config.update("jax_default_matmul_precision", "highest")
-        rng = np.random.default_rng(0)
-        shapes = {"token_embedder/embedding": (256, 128), "encoder/layers/mlp/wi/kernel": (2, 128, 256),
-                  "encoder/layers/mlp/wo/kernel": (2, 256, 128), "encoder/encoder_norm/scale": (128,)}
-        params = tree.unflatten({k: rng.standard_normal(s).astype("float32") / 10 for k, s in shapes.items()})
-        tokens = rng.integers(0, 256, (16, 8)).astype("int32")
-        optimizer = optim.adafactor(0.1)
-
-        def loss(params, batch):
-            x = params["token_embedder"]["embedding"][batch["tokens"]]
-            def layer(x, p):
-                return x + jnp.tanh(x @ p["wi"]["kernel"]) @ p["wo"]["kernel"], None
-            x, _ = jax.lax.scan(layer, x, params["encoder"]["layers"]["mlp"])
-            return jnp.mean(jnp.square(x * params["encoder"]["encoder_norm"]["scale"] - 1))
-
-        def step(params, state, batch):
-            value, grads = jax.value_and_grad(loss)(params, batch)
-            updates, state = optimizer.update(grads, state, params)
-            return jax.tree.map(jnp.add, params, updates), state, value
-
-        def train(mesh):
-            where = sharding.parameter_shardings(mesh, sharding.PARAMETER_RULES, params)
-            p = jax.device_put(params, where)
-            abstract = jax.eval_shape(optimizer.init, params)
-            follow = sharding.state_shardings(mesh, sharding.PARAMETER_RULES, abstract, params)
-            s = jax.jit(optimizer.init, out_shardings=follow)(p)
-            jitted = jax.jit(step, out_shardings=(where, follow, None))
-            values = []
-            for _ in range(3):
-                p, s, value = jitted(p, s, sharding.global_batch(mesh, {"tokens": tokens}))
-                values.append(float(value))
-            return p, s, values
-
-        one_p, one_s, one = train(sharding.make_mesh(devices=jax.devices()[:1]))
-        for shape in [{"data": 8}, {"fsdp": 4, "model": 2}, {"data": 2, "sequence": 2, "model": 2}]:
-            mesh = sharding.make_mesh(shape)
-            assert sharding.data_hosts(mesh) == (1, 0)
-            p, s, values = train(mesh)
-            np.testing.assert_allclose(values, one, rtol=1e-5)
-            for got, want in [(p, one_p), (s, one_s)]:
-                jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got, want)
-            wi = p["encoder"]["layers"]["mlp"]["wi"]["kernel"]
-            n = mesh.shape["fsdp"] * mesh.shape["model"]
-            assert wi.addressable_shards[0].data.size * n == wi.size
-    """)
-
-
 def test_global_batches_cut_rows_and_length():
     run_on_eight_devices("""
         import numpy as np
