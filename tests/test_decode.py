@@ -105,8 +105,8 @@ def test_beams_share_their_source(config, batch, prefix_batch):
     _, beams = step_of(config)(params, beams, tokens)
     picked = jnp.asarray([1, 1, 2, 3, 5, 4])
     beams = model.reorder(beams, picked)
-    shared = "source" if config is T5 else "prefix"
-    assert all(leaf.shape[0] == B for leaf in jax.tree.leaves(beams[shared]))
+    shared = [own["source"] for own in beams["decoders"]] if config is T5 else beams["prefix"]
+    assert shared and all(leaf.shape[0] == B for leaf in jax.tree.leaves(shared))
     logits, _ = step_of(config)(params, beams, tokens)
     for beam in (0, 1):
         rows = jnp.arange(B) * 2 + beam
