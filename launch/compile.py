@@ -202,6 +202,11 @@ def meshes(num_chips: int, num_slices: int, *, num_experts: int = 1) -> Iterator
     yield {axis: size for axis, size in {"slice": num_slices, "data": each}.items() if size > 1}
 
 
+def _num_experts(config: Any) -> int:
+    moe = getattr(config, "moe", None)
+    return 1 if moe is None else moe.num_experts
+
+
 def _plan(args: argparse.Namespace, devices: Sequence[Any]) -> int:
     from mtjax import aot, sharding
     from mtjax.launch import screen
@@ -209,18 +214,19 @@ def _plan(args: argparse.Namespace, devices: Sequence[Any]) -> int:
     arguments = _arguments(args)
     config = arguments["model"].config
     selector = f"{type(config).__module__.rpartition('.')[2]}.{type(config).__name__}.remat_policy"
-    shapes = list(meshes(len(devices), args.num_slices, num_experts=getattr(config, "num_experts", 1)))
+    shapes = list(meshes(len(devices), args.num_slices, num_experts=_num_experts(config)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the table tells
         # A stable sort: meshes whose axes are whole physical ones are tried first.
         shapes.sort(key=lambda shape: bool(sharding.split_axes(sharding.make_mesh(shape, devices=devices))))
         found: list[tuple[Layout, Any]] = []
         failed: list[tuple[Layout, str]] = []
-        left = args.max_compiles
+        left, not_tried = args.max_compiles, 0
         for shape in shapes:
             for layout in layouts(shape, arguments["data"].batch_size):
                 if not left:
-                    break
+                    not_tried += 1
+                    continue
                 bindings = [
                     f"MESH={layout.mesh!r}",
                     f"MICROBATCHES={layout.microbatches}",
@@ -230,9 +236,9 @@ def _plan(args: argparse.Namespace, devices: Sequence[Any]) -> int:
                 try:
                     report = _compile(args, devices, bindings)
                 except aot.DoesNotFit as error:
-                    failed.append((layout, str(error)[:90]))
+                    failed.append((layout, str(error)))
                 except ValueError as error:  # this mesh does not divide this model or batch
-                    failed.append((layout, str(error).split(": ")[-1][:90]))
+                    failed.append((layout, str(error)))
                     break
                 else:
                     if report.fits is not False:
@@ -242,12 +248,18 @@ def _plan(args: argparse.Namespace, devices: Sequence[Any]) -> int:
                     failed.append((layout, f"needs {screen.size(report.peak_bytes)}"))
                 left -= 1
     found.sort(key=lambda pair: (pair[1].estimated_step_s or 0.0, len(pair[1].split_axes)))
-    result = [{**layout._asdict(), **dataclasses.asdict(report)} for layout, report in found]
+    result = {
+        "fits": [{**layout._asdict(), **dataclasses.asdict(report)} for layout, report in found],
+        "does_not": [{**layout._asdict(), "why": why} for layout, why in failed],
+        "not_tried": not_tried,
+    }
     _write(args, result)
     if args.json:
         print(json.dumps(result))
     else:
         _print_plan(found, failed)
+        if not_tried:
+            print(f"{not_tried} layouts were not tried: --max_compiles={args.max_compiles}.")
     return 0 if found else 3
 
 

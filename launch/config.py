@@ -134,6 +134,24 @@ def parse(
     return Config(text=_text(_walk(own, values) if others else used, current), roots=tuple(roots))
 
 
+def binds(
+    gin_files: Sequence[str],
+    function: Callable[..., Any],
+    argument: str,
+    *,
+    search_paths: Sequence[str] = (),
+) -> bool:
+    """Tell whether gin files bind an argument of a function."""
+    gin.clear_config()
+    history = [
+        binding
+        for name in gin_files
+        for binding in _read_file(find(name, search_paths), search_paths=search_paths)
+    ]
+    configurable = gin._inverse_lookup(function)
+    return configurable is not None and ("", configurable.selector, argument) in _current(history)
+
+
 def shipped_recipes() -> list[str]:
     """List the recipes that come with mtjax, as --gin_file takes them."""
     return sorted(str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.gin"))

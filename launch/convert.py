@@ -126,7 +126,7 @@ def parse_place(text: str) -> tuple[str, Path]:
     from mtjax import tree
 
     kind, colon, rest = text.partition(":")
-    if not colon or "/" in kind:
+    if not colon or "/" in kind or rest.startswith("//"):  # also gs://...
         return "mtjax", Path(text)
     if kind not in ("hf", "t5x"):
         raise tree.unknown_name("format", kind, ["hf", "t5x"])

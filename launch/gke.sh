@@ -5,7 +5,7 @@
 #
 # From the environment: ACCELERATOR (tpu-v5-lite-podslice), TOPOLOGY (8x8), HOSTS of a slice (16), CHIPS of a host (4),
 # SLICES (1), SERVICE_ACCOUNT (default), RETRIES (20). The cluster has JobSet, the GCS FUSE driver and node pools of
-# this kind; IMAGE holds mtjax[tpu]; BUCKET (hierarchical, so that renames are atomic) is mounted at /bucket.
+# this kind; IMAGE holds mtjax[tpu] (and RECIPE, unless it is in the bucket or one of mtjax's own); BUCKET (hierarchical, so that renames are atomic) is mounted at /bucket.
 set -euo pipefail
 usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 apply=(kubectl apply -f -)

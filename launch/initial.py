@@ -35,7 +35,7 @@ def of(args: argparse.Namespace) -> Initial | None:
     from mtjax.launch import convert
 
     kind, path = convert.parse_place(given[-1])
-    folder = path if kind == "mtjax" else _converted(given[-1], path, args)
+    folder = given[-1] if kind == "mtjax" else _converted(given[-1], path, args)
     try:
         meta = checkpoint.read_meta(folder)
     except ValueError:

@@ -426,7 +426,7 @@ def _settle(opened: Opened, args: argparse.Namespace) -> dict[str, Any]:
     ]
     text = Path(config_lib.find(args.study)).read_text("utf-8")
     new = manifest.build(study=opened.study.name, recipe=text, runs=runs, data=opened.fingerprints)
-    if old is None or manifest.ids(old) != manifest.ids(new):
+    if old is None or manifest.ids(old) != manifest.ids(new) or old["recipe"] != text:
         check_recipes(opened)
         findings = check_guards(opened)
         guards.refuse(findings)

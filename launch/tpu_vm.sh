@@ -5,7 +5,7 @@
 #
 # From the environment: VERSION of the runtime (tpu-ubuntu2204-base), SPOT (set: a spot slice), PACKAGE to install
 # (mtjax[tpu]), SETUP (a command to run before on every host, such as a mount), RETRIES (20), RETRY_WAIT seconds (60).
-# MODEL_DIR and the cache lie on storage that all hosts mount. The slice stays until it is deleted.
+# RECIPE (one of mtjax's own, or a file), MODEL_DIR and the cache lie where all hosts see them. The slice stays until it is deleted.
 set -euo pipefail
 usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 dry_run=false
@@ -20,8 +20,10 @@ create=("${tpus[@]}" create "$NAME" "--zone=$ZONE" "--accelerator-type=$TYPE"
     "--version=${VERSION:-tpu-ubuntu2204-base}" ${SPOT:+--spot})
 describe=("${tpus[@]}" describe "$NAME" "--zone=$ZONE" "--format=value(state)")
 delete=("${tpus[@]}" delete "$NAME" "--zone=$ZONE" --quiet)
-install="pip install --quiet $(printf '%q' "${PACKAGE:-mtjax[tpu]}")"
-train=$(printf '%q ' python3 -m mtjax.launch.main train "--gin_file=$recipe" "--gin.MODEL_DIR=$model_dir" "$@")
+# Its own Python: the image's may be older than mtjax needs.
+install="python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python=3.11 .mtjax"
+install+=" && python3 -m uv pip install --quiet --python=.mtjax/bin/python $(printf '%q' "${PACKAGE:-mtjax[tpu]}")"
+train=$(printf '%q ' .mtjax/bin/mtjax train "--gin_file=$recipe" "--gin.MODEL_DIR=$model_dir" "$@")
 train="${SETUP:-true} && $install && $train; echo mtjax exit code \$?"
 run=("${tpus[@]}" ssh "$NAME" "--zone=$ZONE" --worker=all "--command=$train")
 

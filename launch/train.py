@@ -138,11 +138,12 @@ def configure(
     if not args.gin_file:
         raise ValueError(f"Give a --gin_file. Shipped: {', '.join(config.shipped_recipes())}.")
     files = list(args.gin_file)
+    search_paths = [folder for folders in args.gin_search_paths for folder in folders]
     with initial.temporary() as folder:
         if (found := initial.of(args)) is not None:
             bindings.append(f"{initial.MACRO}={found.path!r}")
-            # First, so that a model that the user names wins.
-            files = [initial.write(found, folder), *files] if found.model else files
+            if found.model and not config.binds(args.gin_file, train.fit, "model", search_paths=search_paths):
+                files = [initial.write(found, folder), *files]
             if found.vocabulary and not any(text.startswith("VOCABULARY=") for text in bindings):
                 bindings.append(f"VOCABULARY={found.vocabulary!r}")
         return config.parse(
@@ -150,7 +151,7 @@ def configure(
             bindings,
             roots=[prepare.mixture, train.fit],
             also=also,
-            search_paths=[folder for folders in args.gin_search_paths for folder in folders],
+            search_paths=search_paths,
             defaults={"CACHE_DIRS": flags.cache_dirs(args), **(defaults or {})},
             paths=["MODEL_DIR", initial.MACRO],
         )

@@ -122,9 +122,10 @@ def _add(a: PyTree, b: PyTree) -> PyTree:
 
 
 def _forward(model: Model, peft: Peft, config: loss_lib.LossConfig, group_of_T: np.ndarray, num_groups: int):
-    """Build losses(params, frozen, batch, key, denominator, whole) -> ((losses_G, aux), _Losses)."""
+    """Build losses(params, frozen, batch, key, total_tokens, whole) -> ((losses_G, aux), _Losses)."""
 
-    def forward(params, frozen, batch, key, denominator, whole):
+    def forward(params, frozen, batch, key, total_tokens, whole):
+        denominator = _denominator(config, total_tokens)
         merged = peft.merge(frozen, params)
         features = model.features(merged, batch, key=key, whole=whole)
         tasks, total = loss_lib.task_sums(
@@ -135,7 +136,8 @@ def _forward(model: Model, peft: Peft, config: loss_lib.LossConfig, group_of_T: 
             config=config,
         )
         losses_G = jax.ops.segment_sum(tasks.loss_T, group_of_T, num_groups) / denominator
-        aux_loss = sum(features.aux.values(), jnp.float32(0))
+        # Means over tokens: where losses are divided by a constant instead, they keep their share of the gradient.
+        aux_loss = sum(features.aux.values(), jnp.float32(0)) * (jnp.maximum(total_tokens, 1.0) / denominator)
         said = _Losses(losses_G, aux_loss, tasks, total, features.aux, features.stats)
         return (losses_G, aux_loss), said
 
@@ -221,14 +223,13 @@ def _make_step(
     num_tasks = len(group_of_T)
 
     def differentiate(params, state, batch, total, w_G):
-        denominator = _denominator(loss, total)
         key = jax.random.fold_in(state.key, state.step)
         whole = _whole(batch, num_tasks)
         if microbatches == 1:
-            return _whole_batch(lambda p: forward(p, state.frozen, batch, key, denominator, whole), params)
+            return _whole_batch(lambda p: forward(p, state.frozen, batch, key, total, whole), params)
         keys = jax.random.split(key, microbatches)
         rows = _split_rows(batch, microbatches, _group_rows(model))
-        one = lambda p, b, k: forward(p, state.frozen, b, k, denominator, whole)  # noqa: E731
+        one = lambda p, b, k: forward(p, state.frozen, b, k, total, whole)  # noqa: E731
         return _micro_batches(one, params, rows, keys, w_G)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:

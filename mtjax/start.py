@@ -126,10 +126,22 @@ def state(
     abstract = program.abstract_parameters(run)
     first = run.start_from(key, initial_parameters(initial_checkpoint, abstract, run.tasks.names))
     if initial_state == "optimizer":
+        _check_same_tasks(initial_checkpoint, run, abstract)
         opt = checkpoint.restore_optimizer(initial_checkpoint, run.abstract.opt)
         # A copy: the step donates its state, and one buffer cannot be donated twice.
         first = first._replace(opt=opt, step=jax.device_put(np.array(opt.step), run.shardings.step))
     return first, None, checkpoint.read_meta(initial_checkpoint)
+
+
+def _check_same_tasks(path: str, run: Program, abstract: Params) -> None:
+    """Refuse an optimizer whose rows of tasks are of other tasks than the run's."""
+    saved = checkpoint.read_meta(path)["tasks"]
+    if saved and saved != list(run.tasks.names) and (of_tasks := _rows_of_tasks(abstract)):
+        raise ValueError(
+            f"INITIAL_STATE='optimizer': {of_tasks[0]} has a row for every task, and the tasks of {path!r} "
+            f"({saved[:5]}, ...) are not the run's ({list(run.tasks.names)[:5]}, ...) in their order. Start from its "
+            "parameters alone, whose rows are found by name, or train on the same tasks."
+        )
 
 
 # Tasks by name --------------------------------------------------------------------------------------------
@@ -163,6 +175,11 @@ def initial_parameters(path: str, abstract: Params, tasks: Sequence[str]) -> Par
         if (rows := leaf.shape[dim]) != len(saved_tasks):
             raise ValueError(
                 f"{name} of the checkpoint {path!r} has {rows} rows, but the checkpoint names {len(saved_tasks)} tasks."
+            )
+        if leaf.shape[:dim] + leaf.shape[dim + 1 :] != want.shape[:dim] + want.shape[dim + 1 :]:
+            raise ValueError(
+                f"{name} of the checkpoint {path!r} has shape {leaf.shape}, but the run's has {want.shape}: they "
+                "differ in more than the number of tasks. Give the run the checkpoint's sizes (NUM_CLASSES no wider)."
             )
         rows_of = lambda x: jnp.concatenate([x, x.mean(dim, keepdims=True)], dim).take(order, dim)  # noqa: E731
         return jax.jit(rows_of, out_shardings=want.sharding)(leaf)

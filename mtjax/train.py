@@ -40,8 +40,11 @@ from mtjax.types import Balancer, Model, Peft
 FINISHED = "finished.json"  # in a model directory whose training has ended
 
 
-class Stopped(RuntimeError):
-    """Training was asked to stop; its last step is saved, and the same call goes on from there."""
+class Stopped(BaseException):
+    """Training was asked to stop; its last step is saved, and the same call goes on from there.
+
+    No Exception: whoever names what failed (a damaged checkpoint, a broken task) must not take it for a failure.
+    """
 
 
 @dataclasses.dataclass(frozen=True)

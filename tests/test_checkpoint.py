@@ -1,5 +1,6 @@
 """Checkpoints: what is read is bit for bit what was written, or a clear error; failures lose nothing."""
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -20,9 +21,11 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from mtjax import checkpoint, tree
+from mtjax.train import Stopped
 
 
 class State(NamedTuple):
@@ -322,6 +325,20 @@ def test_falling_back_to_the_newest_whole_checkpoint(tmp_path):
     with pytest.raises(checkpoint.DamagedError, match=r"No checkpoint is whole(.|\n)*checkpoints/1'"):
         saver.restore_whole(abstract(make_state()))
     assert saver.steps() == [1, 2, 3, 4]
+
+
+def test_being_stopped_while_reading_damages_nothing(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step, make_state(step), keep_last=9)
+
+    def stop(*args, **kwargs):
+        raise Stopped("Stopped before the first step")
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", stop)
+    with contextlib.closing(checkpoint.Checkpointer(tmp_path, keep_last=9)) as saver:
+        with pytest.raises(Stopped):
+            saver.restore_whole(abstract(make_state()))
+        assert saver.steps() == [1, 2]
 
 
 def test_paths_to_checkpoints(tmp_path):

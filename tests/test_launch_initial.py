@@ -8,7 +8,7 @@ import pytest
 
 from mtjax import checkpoint, train, tree
 from mtjax.convert import huggingface
-from mtjax.launch import main, prepare
+from mtjax.launch import convert, main, prepare
 from mtjax.launch import train as launch_train
 
 HUGGINGFACE = pathlib.Path(__file__).parent / "golden" / "huggingface" / "umt5"
@@ -58,7 +58,15 @@ def test_what_the_user_names_wins(tmp_path):
     config = configured(
         tmp_path, f"hf:{HUGGINGFACE}", "--vocabulary=byte:100", "--gin_file=models/t5_1_1_mini.gin"
     )
-    assert config.arguments(train.fit, only=["model"])["model"].config.emb_dim == 256
+    found = config.arguments(train.fit, only=["model"])["model"].config
+    assert (found.emb_dim, found.relative_bias_per_layer) == (
+        256,
+        False,
+    )  # all of it: nothing of the checkpoint's
+
+
+def test_a_place_far_away_is_no_format():
+    assert convert.parse_place("gs://bucket/t5")[0] == "mtjax"
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):

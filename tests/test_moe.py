@@ -177,6 +177,19 @@ def test_rows_and_padding_leave_a_group_alone(router):
     assert aux.stats["encoder/tokens"].sum() == mask.sum()
 
 
+def test_what_a_row_is_padded_to_changes_no_prediction():
+    """Nor does what else is in the batch, where training routes several rows together."""
+    moe = config_of(routers.TopK(num_selected=2), dispatch="capacity", eval_capacity_factor=0.5, group_rows=4)
+    params, call = make_block(moe)
+    x, context = inputs(rows=3)
+    short, aux = call(params, x, Context(mask=context.mask))
+    assert aux.stats["encoder/dropped"].sum() > 0
+    padding = ((0, 0), (0, 30))
+    longer, _ = call(params, jnp.pad(x, (*padding, (0, 0))), Context(mask=jnp.pad(context.mask, padding)))
+    mask = np.asarray(context.mask)
+    np.testing.assert_allclose(np.asarray(longer)[:, :10][mask], np.asarray(short)[mask], atol=1e-6)
+
+
 def test_dropout_is_of_experts_in_training():
     params, call = make_block(config_of(routers.Switch(jitter=0.0), expert_dropout_rate=0.5))
     x, context = inputs()

@@ -66,6 +66,17 @@ def test_rows_without_names_are_read_in_order_or_refused(tmp_path):
         read(tmp_path / "other", ("a", "c"), 2)
 
 
+def test_rows_that_differ_in_more_than_tasks_are_refused(tmp_path):
+    save(tmp_path, ["a", "b"], 2)
+    where = NamedSharding(sharding.make_mesh(None), PartitionSpec())
+    wider = {ROWS: (2, 2, 4), UNSTACKED: (2, 9), PLAIN: (3, 4)}
+    abstract = {
+        path: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where) for path, shape in wider.items()
+    }
+    with pytest.raises(ValueError, match=r"task_z .*has shape \(2, 4\), but the run's has \(2, 9\)"):
+        start.initial_parameters(str(tmp_path), tree.unflatten(abstract), ("b", "a"))
+
+
 def test_a_sparse_run_starts_from_one_with_other_tasks(tmp_path, capsys):
     router = routers.TopK(normalize_weights=True, gate=routers.TaskEmbedding(4))
     sparse = moe.MoeConfig(2, 1, encoder_router=router, decoder_router=None, num_tasks=2)
@@ -88,6 +99,18 @@ def test_a_sparse_run_starts_from_one_with_other_tasks(tmp_path, capsys):
         path = next(path for path in found if path.endswith("task_embedding"))
         saved = checkpoint.restore_parameters(tmp_path / names, tree.unflatten(found))
         kept.append(np.asarray(tree.flatten(saved)[path]))
+    with pytest.raises(
+        ValueError, match=r"INITIAL_STATE='optimizer': .*task_embedding has a row for every task"
+    ):
+        train.fit(
+            model_dir=str(tmp_path / "third"),
+            model=t5.t5(config),
+            data=pipeline.TrainData("bc", {"inputs": 8, "targets": 8}, 2, (str(tmp_path / "cache"),)),
+            optimizer=optim.transformation("sgd", 0.0),
+            train_steps=2,
+            initial_checkpoint=str(tmp_path / "ab"),
+            initial_state="optimizer",
+        )
     first, second = kept
     np.testing.assert_allclose(second, [first[1], first.mean(0)], rtol=1e-6)
     said = " ".join("".join(capsys.readouterr()).split())

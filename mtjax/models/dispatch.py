@@ -174,22 +174,28 @@ def capacity(factor: float, *, num_tokens: int, num_selected: int, num_experts: 
     return min(math.ceil(share), num_tokens)
 
 
-def slots_of(choice: TokenChoice, num_slots: int, *, num_experts: int) -> tuple[ExpertChoice, Array]:
+def slots_of(
+    choice: TokenChoice, num_slots: int, *, num_experts: int, limit_G: Array | None = None
+) -> tuple[ExpertChoice, Array]:
     """Give every choice a slot of its expert; returns also which choices [G, N, K] got one.
 
     First choices are served before second ones, and among these tokens with high priority, then early ones.
+    limit_G: how many of its slots an expert may fill in each group, where not all.
     """
+    limit_G = jnp.full(choice.experts_GNK.shape[0], num_slots) if limit_G is None else limit_G
     fill = functools.partial(_fill, num_slots=num_slots, num_experts=num_experts)
     if choice.priority_GN is None:
         served_GN = jnp.broadcast_to(jnp.arange(choice.experts_GNK.shape[1]), choice.experts_GNK.shape[:2])
     else:
         served_GN = jnp.argsort(choice.priority_GN, stable=True, descending=True)
-    tokens_GEC, weights_GEC, kept_GNK = jax.vmap(fill)(choice.experts_GNK, choice.weights_GNK, served_GN)
+    tokens_GEC, weights_GEC, kept_GNK = jax.vmap(fill)(
+        choice.experts_GNK, choice.weights_GNK, served_GN, limit_G
+    )
     return ExpertChoice(tokens_GEC, weights_GEC, choice.probs_GNE), kept_GNK
 
 
 def _fill(
-    experts_NK: Array, weights_NK: Array, served_N: Array, *, num_slots: int, num_experts: int
+    experts_NK: Array, weights_NK: Array, served_N: Array, limit: Array, *, num_slots: int, num_experts: int
 ) -> tuple[Array, Array, Array]:
     N, K = experts_NK.shape
     token_M = jnp.tile(served_N, K)  # choices in the order in which they are served
@@ -197,10 +203,10 @@ def _fill(
     order_M, counts_E = by_expert(experts_M, num_experts)
     starts_E = jnp.cumsum(counts_E) - counts_E
     slot_C = jnp.arange(num_slots)
-    filled_EC = slot_C < counts_E[:, None]
+    filled_EC = slot_C < jnp.minimum(counts_E, limit)[:, None]
     choice_EC = order_M[jnp.minimum(starts_E[:, None] + slot_C, N * K - 1)]
     place_M = jnp.argsort(order_M) - starts_E.at[experts_M].get(mode="fill", fill_value=0)
-    kept_M = (experts_M < num_experts) & (place_M < num_slots)
+    kept_M = (experts_M < num_experts) & (place_M < jnp.minimum(limit, num_slots))
     kept_NK = kept_M.reshape(K, N).T[jnp.argsort(served_N)]
     tokens_EC = jnp.where(filled_EC, token_M[choice_EC], 0)
     return tokens_EC, jnp.where(filled_EC, weights_M[choice_EC], 0.0), kept_NK

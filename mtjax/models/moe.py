@@ -38,7 +38,7 @@ class MoeConfig:
     The last one of every `every` blocks is sparse. A router is one of models.routers; None keeps that side
     dense. 'dropless' serves every choice; 'capacity' serves ceil(factor * tokens * K / num_experts) choices
     of a routing group an expert, and the other choices add nothing to the residual. A group is group_rows
-    rows, or one position that is decoded, so decoding drops nothing. Expert choice and soft routing have
+    rows in training, one row in evaluation (where padding adds no slots), one position that is decoded, so decoding drops nothing. Expert choice and soft routing have
     capacities of their own.
     """
 
@@ -191,7 +191,7 @@ class SparseMlp(nnx.Module):
     def _groups(self, x_BLD: Array, context: Context) -> tuple[Array, Array, Context]:
         """Cut rows, mask and context into routing groups [G, N]."""
         B, L, D = x_BLD.shape
-        rows = 1 if L == 1 else self.moe.group_rows
+        rows = self.moe.group_rows if context.train else 1  # predictions do not depend on neighbours
         if B % rows:
             raise ValueError(
                 f"{B} rows cannot be cut into routing groups of MoeConfig.group_rows={rows} rows."
@@ -232,7 +232,9 @@ class SparseMlp(nnx.Module):
             choice_BLK = (x.reshape(*x_BLD.shape[:2], -1) for x in (choice.experts_GNK, choice.weights_GNK))
             y_BLD = dispatch.dropless(x_BLD, tuple(choice_BLK), kernels, feed, num_experts=E)
             return y_BLD, chosen_GNE, (choice.experts_GNK < E).any(-1)
-        slots, served_GNK = dispatch.slots_of(choice, self._capacity(choice, context), num_experts=E)
+        slots, served_GNK = dispatch.slots_of(
+            choice, self._capacity(choice, context), num_experts=E, limit_G=self._limit(choice, context)
+        )
         y_GND = dispatch.by_slots(x_GND, slots.tokens_GEC, slots.weights_GEC, kernels, feed)
         return y_GND.reshape(x_BLD.shape), chosen_GNE, served_GNK.any(-1)
 
@@ -244,6 +246,13 @@ class SparseMlp(nnx.Module):
             num_selected=num_selected,
             num_experts=self.moe.num_experts,
         )
+
+    def _limit(self, choice: TokenChoice, context: Context) -> Array | None:
+        """Return the slots [G] for the tokens that are no padding: what a row is padded to changes no prediction."""
+        if context.train or context.mask is None:
+            return None
+        factor = self.moe.eval_capacity_factor * choice.experts_GNK.shape[-1] / self.moe.num_experts
+        return jnp.maximum(jnp.ceil(factor * context.mask.sum(-1)), 1).astype(jnp.int32)
 
     def _losses(self, losses: dict[str, Array], mask_GN: Array, context: Context) -> dict[str, Array]:
         """Turn means over groups into shares of the mean over the global batch and the sparse layers."""

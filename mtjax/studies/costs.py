@@ -10,6 +10,7 @@ from mtjax.hardware import ALIASES, CHIPS
 
 PEAK = {
     **{name: CHIPS[kind].flops for name, kind in ALIASES.items()},
+    "tpu7x": 2 * CHIPS["TPU7x"].flops,  # a device is half a chip
     "a100": 312e12,
     "h100": 989e12,
     "cpu-core": 50e9,

@@ -99,8 +99,13 @@ def settle(directory: Path, new: Mapping[str, Any], *, update: bool, any_environ
         publish.write_json(path, new)
         return dict(new)
     if not any_environment:
-        check_environment(old["environment"], new["environment"])
+        check_environment(
+            {**old["environment"], "code": old["code"]}, {**new["environment"], "code": new["code"]}
+        )
     if ids(old) == ids(new):
+        if old["recipe"] != new["recipe"]:  # the same runs, guarded or read in another way
+            publish.write_json(path, new)
+            return dict(new)
         return old
     if not update:
         raise ValueError(_another_study(path, old, new))
