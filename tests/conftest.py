@@ -48,7 +48,7 @@ def _python(arguments, *, timeout, env=None, cwd=None, check=True):
 def eight_devices():
     """Return run(code): execute Python source on eight fake CPU devices and return what it printed."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    return lambda code, timeout=240: _python(["-c", code], timeout=timeout, env={"XLA_FLAGS": flags}).stdout
+    return lambda code, timeout=900: _python(["-c", code], timeout=timeout, env={"XLA_FLAGS": flags}).stdout
 
 
 @pytest.fixture

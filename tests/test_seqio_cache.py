@@ -243,7 +243,7 @@ def test_an_unfinished_task_is_no_task_and_is_cleared_away(lines, tmp_path):
     directory = tmp_path / "cache"
     add("one", lines())
     seqio_cache.cache_tasks(["one"], directory)
-    gone = f".tmp-999999999-{publish._host()}-0-two"
+    gone = f".tmp-999999999-{publish.host()}-0-two"
     (directory / gone).mkdir()
     (directory / gone / "metadata.json").write_text("{}")
     mine = publish._temporary(directory / "three")
@@ -257,7 +257,7 @@ def test_an_unfinished_task_is_no_task_and_is_cleared_away(lines, tmp_path):
     # Of an earlier process with our id, of another machine just now, and long ago.
     reused, elsewhere, old = (
         directory / f".tmp-{os.getpid()}-{name}"
-        for name in (f"{publish._host()}-0-four", "otherhost-0-five", "otherhost-0-six")
+        for name in (f"{publish.host()}-0-four", "otherhost-0-five", "otherhost-0-six")
     )
     for path in (reused, elsewhere, old):
         path.mkdir()
