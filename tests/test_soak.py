@@ -51,6 +51,17 @@ t5.T5Config:
 """
 KINDS = {
     "dense": "",
+    "mixture_of_experts": """
+from mtjax.models import moe
+from mtjax.models import routers
+t5.T5Config.moe = @moe.MoeConfig()
+moe.MoeConfig:
+    num_experts = 4
+    every = 1
+    encoder_router = @routers.Switch()
+    decoder_router = @routers.Switch()
+    dispatch = 'capacity'
+""",
     "microbatches_and_changing_rates": """
 MICROBATCHES = 2
 pipeline.TrainData.rates = @rates.exp3()
