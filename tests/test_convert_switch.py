@@ -58,8 +58,11 @@ def test_what_is_over_capacity_is_dropped_as_transformers_does(weights):
     factor = capacity * weights.config.moe.num_experts / length
     batch = batch_of(expected)
     dropping = logits(weights, batch, dispatch="capacity", eval_capacity_factor=factor)[2]
-    np.testing.assert_allclose(dropping, expected["dropping_logits"], atol=1e-4)
-    assert np.abs(dropping - expected["logits"]).max() > 0.1
+    # Padding adds no slots here, and does in transformers: the same in rows without it.
+    rows = np.asarray((batch["encoder_input_tokens"] > 0).all(-1))
+    assert rows.any() and not rows.all()
+    np.testing.assert_allclose(dropping[rows], expected["dropping_logits"][rows], atol=1e-4)
+    assert np.abs(dropping - expected["logits"])[rows].max() > 0.1
 
 
 @pytest.mark.parametrize("through", ["folder", "model directory", "stacked layers", "shards"])
